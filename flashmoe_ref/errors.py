@@ -1,0 +1,29 @@
+"""Every error that a user can cause, as one clear line each.
+
+A message names the file or value, says what is wrong with it and what to do next.
+The command line prints it after ``flashmoe:`` and exits with 2, without a traceback.
+"""
+
+
+class FlashMoeError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(FlashMoeError, ValueError):
+    """A config.json, preset or setting (K, slots, threads, bits) that cannot be used."""
+
+
+class CheckpointError(FlashMoeError, ValueError):
+    """A checkpoint file that is missing, damaged or not of a supported layout."""
+
+
+class ReadError(FlashMoeError, OSError):
+    """A read that failed or came back short while the model was running."""
+
+
+class TokenizerError(FlashMoeError, ValueError):
+    """Tokenizer files, a chat template or a tool call that cannot be used."""
+
+
+class PackError(FlashMoeError, OSError):
+    """Packing, converting or verifying files could not go on."""
