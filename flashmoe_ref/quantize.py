@@ -29,7 +29,7 @@ LEAST_SQUARES_ROUNDS = 8  # 24 more lower the error of 2-bit by 0.2 %
 BLOCK_VALUES = 1 << 18  # weights worked on at a time, so temporaries stay in cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedMatrix:
     """A weight matrix in packed form; leading axes, such as experts, come first.
 
@@ -51,20 +51,18 @@ class QuantizedMatrix:
                 f"quantized weight has dtype {self.weight.dtype}; expected uint32 words"
             )
         _check_float(self.scales.dtype, "scales")
-        if (self.biases.shape, self.biases.dtype) != (
-            self.scales.shape,
-            self.scales.dtype,
-        ):
+        scales, biases = self.scales, self.biases
+        if (biases.shape, biases.dtype) != (scales.shape, scales.dtype):
             raise ConfigError(
-                f"biases are {self.biases.dtype} {self.biases.shape} but scales are "
-                f"{self.scales.dtype} {self.scales.shape}; expected two equal shapes"
+                f"biases are {biases.dtype} {biases.shape} but scales are "
+                f"{scales.dtype} {scales.shape}; expected the same dtype and shape"
             )
-        *rows, n_groups = self.scales.shape
+        *rows, n_groups = scales.shape
         words = (*rows, n_groups * self.group_size * self.bits // 32)
         if self.weight.shape != words:
             raise ConfigError(
                 f"quantized weight has shape {self.weight.shape}; {self.bits} bits in "
-                f"groups of {self.group_size} with scales {self.scales.shape} "
+                f"groups of {self.group_size} with scales {scales.shape} "
                 f"need {words}"
             )
 
@@ -96,9 +94,10 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     Raises: ConfigError if n is no multiple of 32, or a value needs more bits.
     """
     _check_settings(bits)
-    if values.shape[-1] % 32:
+    *rows, n = values.shape
+    if n % 32:
         raise ConfigError(
-            f"cannot pack rows of {values.shape[-1]} values; pad them to a multiple "
+            f"cannot pack rows of {n} values; pad them to a multiple "
             f"of 32, so that each row ends on a whole word"
         )
     if values.size and (values.min() < 0 or values.max() >= 1 << bits):
@@ -107,12 +106,12 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
             f"they must lie in 0..{(1 << bits) - 1}"
         )
     # Whatever the width, eight values fill exactly `bits` bytes.
-    eights = values.reshape(*values.shape[:-1], -1, 8)  # (..., n/8, 8)
+    eights = values.reshape(*rows, n // 8, 8)  # (..., n/8, 8)
     stream = np.zeros(eights.shape[:-1], "<u8")  # (..., n/8)
     for i in range(8):
         stream |= eights[..., i].astype(np.uint64) << np.uint64(i * bits)
     used = stream[..., None].view(np.uint8)[..., :bits]  # (..., n/8, bits) bytes
-    return np.ascontiguousarray(used).reshape(*values.shape[:-1], -1).view("<u4")
+    return np.ascontiguousarray(used).reshape(*rows, n * bits // 8).view("<u4")
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
@@ -121,14 +120,16 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     Shapes: words (..., n * bits / 32) uint32 -> values (..., n) uint8.
     """
     _check_settings(bits)
+    *rows, n_words = words.shape
+    n = n_words * 32 // bits
     used = np.ascontiguousarray(words).view(np.uint8)
-    used = used.reshape(*words.shape[:-1], -1, bits)  # (..., n/8, bits) bytes
+    used = used.reshape(*rows, n // 8, bits)  # (..., n/8, bits) bytes
     stream = np.zeros((*used.shape[:-1], 8), np.uint8)
     stream[..., :bits] = used
     shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
     mask = np.uint64((1 << bits) - 1)
     eights = (stream.view("<u8") >> shifts) & mask  # (..., n/8, 8)
-    return eights.astype(np.uint8).reshape(*words.shape[:-1], -1)
+    return eights.astype(np.uint8).reshape(*rows, n)
 
 
 # ---- rules: how a group chooses its scale and bias ------------------------------------
