@@ -1,0 +1,258 @@
+"""The whole model in float32 NumPy: `layers.py` assembled over streamed experts.
+
+Follows `Qwen3_5MoeForCausalLM` of Hugging Face transformers, batch size one. Weights
+stay as the file has them and are widened to float32 where they are used. `mlx_model.py`
+has the same functions in the same order. **But:** float32 only, no sampling here.
+*Taught in notebooks/04.*
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import layers
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .errors import ConfigError
+from .layers import AttentionState, DeltaState
+from .quantize import QuantizedMatrix, dequantize
+from .streaming import ExpertStore, SlotBank
+
+Matrix = np.ndarray | QuantizedMatrix
+BLOCK_VALUES = (
+    1 << 22
+)  # values widened to float32 at a time: 16 MB, whatever the matrix
+
+MATRICES = {
+    "linear_attention": [
+        f"linear_attn.{name}"
+        for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+    ],
+    "full_attention": [
+        f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    ],
+    "mlp": ["mlp.gate", "mlp.shared_expert_gate"],
+}
+VECTORS = {
+    "linear_attention": [
+        f"linear_attn.{name}" for name in ("A_log", "dt_bias", "norm")
+    ],
+    "full_attention": ["self_attn.q_norm", "self_attn.k_norm"],
+}
+NORMS = ("input_layernorm", "post_attention_layernorm")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def load_layer(checkpoint: Checkpoint, layer: int) -> dict[str, Matrix]:
+    """Read a layer's dense weights, by the names that `layers.py` uses."""
+    kind = checkpoint.config.layer_types[layer]
+    stem = f"layers.{layer}"
+    w = {}
+    for name in MATRICES[kind] + MATRICES["mlp"]:
+        w[name.rsplit(".", 1)[-1]] = checkpoint.module(f"{stem}.{name}")
+    for name in VECTORS[kind]:
+        w[name.rsplit(".", 1)[-1]] = checkpoint.vector(f"{stem}.{name}")
+    for name in NORMS:
+        w[name] = checkpoint.vector(f"{stem}.{name}")
+    for name in PROJECTIONS:
+        module = checkpoint.module(f"{stem}.mlp.shared_expert.{name}")
+        w[f"shared_{name}"] = module
+    if kind == "linear_attention":
+        w["conv1d"] = checkpoint.module(f"{stem}.linear_attn.conv1d")
+    return w
+
+
+def widen(w: Matrix) -> np.ndarray:
+    """The float32 values of a stored matrix."""
+    if isinstance(w, QuantizedMatrix):
+        return dequantize(w)
+    return w.astype(np.float32, copy=False)
+
+
+def linear(x: np.ndarray, w: Matrix) -> np.ndarray:
+    """Apply a stored weight matrix, widening some rows at a time.
+
+    Shapes: x (T, in), w (out, in) -> (T, out) float32.
+    """
+    rows, columns = w.shape
+    step = max(1, BLOCK_VALUES // columns)
+    if rows <= step:
+        return x @ widen(w).T
+    out = np.empty((len(x), rows), np.float32)
+    for start in range(0, rows, step):
+        out[:, start : start + step] = x @ widen(w[start : start + step]).T
+    return out
+
+
+@dataclass
+class State:
+    """What the model remembers of a text: one entry a layer."""
+
+    layers: list[AttentionState | DeltaState]
+    n_tokens: int = 0
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all layers' states."""
+        return sum(layer.n_bytes for layer in self.layers)
+
+    def snapshot(self) -> "State":
+        """An independent copy: the only way back, since delta states cannot rewind."""
+        return State([layer.copy() for layer in self.layers], self.n_tokens)
+
+    def restore(self, snapshot: "State") -> None:
+        """Return to a snapshot, which stays usable."""
+        self.layers = [layer.copy() for layer in snapshot.layers]
+        self.n_tokens = snapshot.n_tokens
+
+
+class NumpyModel:
+    """Qwen3.5-MoE in float32: dense weights in memory, experts through a store."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, store: ExpertStore, config: ModelConfig
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.embed_tokens = checkpoint.module("embed_tokens")
+        self.norm = checkpoint.vector("norm")
+        self.lm_head = (
+            self.embed_tokens
+            if config.tie_word_embeddings
+            else checkpoint.module("lm_head")
+        )
+        n_layers = range(config.num_hidden_layers)
+        self.layers = [load_layer(checkpoint, layer) for layer in n_layers]
+
+    def new_state(self) -> State:
+        """The state before the first token."""
+        c = self.config
+        delta = (c.linear_conv_kernel_dim, c.conv_dim, c.linear_num_value_heads)
+        heads = (c.linear_value_head_dim, c.linear_key_head_dim)
+        return State(
+            [
+                DeltaState.empty(*delta, *heads)
+                if c.is_linear(layer)
+                else AttentionState.empty(c.num_key_value_heads, c.head_dim)
+                for layer in range(c.num_hidden_layers)
+            ]
+        )
+
+    def forward(
+        self, ids: Sequence[int], state: State, all_logits: bool = False
+    ) -> np.ndarray:
+        """Process tokens, updating state; one token is a decode step, more a prefill.
+
+        Returns float32 logits: (V,) of the last token, or (T, V) with all_logits.
+        Raises: ConfigError for ids outside the vocabulary, none, or too many in all.
+        """
+        check_ids(ids, state.n_tokens, self.config)
+        x = self.embed(np.asarray(ids))
+        for layer in range(self.config.num_hidden_layers):
+            x = self.layer(layer, x, state)
+        state.n_tokens += len(ids)
+        logits = self.logits(x if all_logits else x[-1:])
+        return logits if all_logits else logits[0]
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Look tokens up. Shapes: ids (T,) -> (T, D)."""
+        return widen(self.embed_tokens[ids])
+
+    def layer(self, layer: int, x: np.ndarray, state: State) -> np.ndarray:
+        """One block: mix over time, then over experts. Shapes: x (T, D) -> (T, D)."""
+        w, eps = self.layers[layer], self.config.rms_norm_eps
+        h = layers.rms_norm(x, w["input_layernorm"], eps)
+        x = x + self.mix(layer, h, state)
+        h = layers.rms_norm(x, w["post_attention_layernorm"], eps)
+        return x + self.moe(layer, h)
+
+    def mix(self, layer: int, h: np.ndarray, state: State) -> np.ndarray:
+        """Gated DeltaNet or gated attention. Shapes: h (T, D) -> (T, D)."""
+        c, w, own = self.config, self.layers[layer], state.layers[layer]
+        if c.is_linear(layer):
+            heads = c.linear_num_key_heads
+            return layers.gated_delta_net(h, w, own, heads, c.rms_norm_eps, self.linear)
+        rope = (c.rotary_dim, c.rope_theta)
+        return layers.gated_attention(h, w, own, *rope, c.rms_norm_eps, self.linear)
+
+    def moe(self, layer: int, h: np.ndarray) -> np.ndarray:
+        """Routed experts plus the shared one. Shapes: h (T, D) -> (T, D).
+
+        Reads are under way while the shared expert is computed.
+        """
+        w = self.layers[layer]
+        router_logits = self.linear(h, w["gate"])
+        experts, weights = layers.route_topk(
+            router_logits, self.config.num_experts_per_tok
+        )
+        if len(h) > 1:
+            return self.experts_of_prompt(layer, h, experts, weights) + (
+                layers.shared_expert(h, w, self.linear)
+            )
+        ticket = self.store.request(layer, experts[0].tolist())
+        shared = layers.shared_expert(h, w, self.linear)
+        return self.experts_of_token(layer, h, ticket.wait(), weights[0]) + shared
+
+    def experts_of_token(
+        self, layer: int, h: np.ndarray, slots: list[int], weights: np.ndarray
+    ) -> np.ndarray:
+        """Weighted sum of K experts, best first. Shapes: h (1, D) -> (1, D)."""
+        bank = self.store.bank(layer)
+        y = np.zeros_like(h)
+        for slot, weight in zip(slots, weights, strict=True):
+            y += weight * self.expert(bank, slot, h)
+        return y
+
+    def experts_of_prompt(
+        self, layer: int, h: np.ndarray, experts: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """The same for T tokens, expert by expert, so that each is read at most once.
+
+        Shapes: h (T, D), experts and weights (T, K) -> (T, D). Sums in ascending order
+        of expert ids, whatever the number of slots.
+        """
+        bank, y = self.store.bank(layer), np.zeros_like(h)
+        chosen = np.unique(experts)
+        for start in range(0, len(chosen), self.store.capacity):
+            wave = chosen[start : start + self.store.capacity]
+            slots = self.store.request(layer, wave.tolist()).wait()
+            for expert, slot in zip(wave, slots, strict=True):
+                tokens, ranks = np.nonzero(experts == expert)
+                share = weights[tokens, ranks, None]
+                y[tokens] += share * self.expert(bank, slot, h[tokens])
+        return y
+
+    def expert(self, bank: SlotBank, slot: int, x: np.ndarray) -> np.ndarray:
+        """The expert in a slot. Shapes: x (T, D) -> (T, D)."""
+        projections = (bank.matrix(name)[slot] for name in PROJECTIONS)
+        return layers.expert_mlp(x, *projections, self.linear)
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """Scores of the next token. Shapes: x (T, D) -> (T, V)."""
+        h = layers.rms_norm(x, self.norm, self.config.rms_norm_eps)
+        return self.linear(h, self.lm_head)
+
+    def linear(self, x: np.ndarray, w: Matrix) -> np.ndarray:
+        """How this engine applies a weight matrix."""
+        return linear(x, w)
+
+
+def check_ids(ids: Sequence[int], n_before: int, config: ModelConfig) -> None:
+    """Refuse tokens that the model cannot process.
+
+    Raises: ConfigError for no ids, ids outside the vocabulary, or a text too long.
+    """
+    ids = np.asarray(ids)
+    if ids.size == 0:
+        raise ConfigError("no token ids: give at least one")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ConfigError("token ids must be a flat list of integers")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        bad = ids[(ids < 0) | (ids >= config.vocab_size)][0]
+        raise ConfigError(f"token id {bad} is outside 0..{config.vocab_size - 1}")
+    if n_before + len(ids) > config.max_position_embeddings:
+        raise ConfigError(
+            f"{n_before + len(ids):,} tokens exceed the model's maximum of "
+            f"{config.max_position_embeddings:,}; use a shorter prompt"
+        )
