@@ -1,0 +1,229 @@
+"""load(): a folder of files -> a model that runs, on one of two engines.
+
+The engine is NumPy (compiled for the CPU with Numba) or MLX (Apple GPU, CUDA or CPU);
+the experts are resident, streamed in place, or streamed from packed files. All
+combinations give the same logits. *Taught in notebooks/00 and 04.*
+"""
+
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .errors import ConfigError
+from .experts import PACKED_FOLDER, ExpertFiles, experts_in_place, packed_experts
+from .report import Meter, Report, make_report
+from .streaming import Allocate, Counters, ExpertStore, allocate_numpy
+
+ENGINES = ("auto", "numpy", "mlx")
+EXPERTS = ("stream", "packed", "resident")
+PREFILL_CHUNK = 512  # tokens of a prompt processed at a time
+
+
+def load(
+    path: str | Path,
+    engine: str = "auto",
+    experts: str = "stream",
+    k: int | None = None,
+    slots: int | None = None,
+    threads: int = 4,
+    compiled: bool = True,
+) -> "Model":
+    """Open a model folder for generation.
+
+    engine:   "numpy", "mlx", or "auto": mlx where it has a GPU, else numpy.
+    experts:  "stream" reads them in place from the checkpoint's own files, "packed" from
+              its packed_experts folder, "resident" keeps all of them in memory.
+    k:        experts per token; fewer than trained reads less and answers worse.
+    slots:    experts kept in memory for each layer (least recently used go); None keeps
+              none beyond the layer at hand and leaves caching to the operating system.
+    threads:  threads that read.
+    compiled: False runs the numpy engine without Numba: the specification, slowly.
+    Raises: ConfigError, CheckpointError or ReadError, with one line that says what to do.
+    """
+    _check_choice("engine", engine, ENGINES)
+    _check_choice("experts", experts, EXPERTS)
+    checkpoint = Checkpoint.open(path)
+    config = checkpoint.config
+    if k is not None:
+        config = config.with_experts_per_token(k)
+    if experts == "resident":
+        if slots is not None:
+            raise ConfigError(
+                "slots has no meaning with experts='resident', which keeps all in memory"
+            )
+        slots = config.num_experts
+    engine = _choose_engine(engine)
+    files = _expert_files(checkpoint, experts)
+    store = ExpertStore(files, config, _allocator(engine), slots, threads)
+    try:
+        if experts == "resident":
+            store.fill()
+        runner = _build(engine, compiled, checkpoint, store, config)
+    except BaseException:
+        store.close()
+        raise
+    mode = {
+        "engine": engine + ("" if compiled or engine == "mlx" else " (not compiled)"),
+        "experts": experts,
+        "k": config.num_experts_per_tok,
+        "trained k": checkpoint.config.num_experts_per_tok,
+        "bits": _bits(files),
+        "slots": slots if slots is not None else "none (page cache)",
+        "threads": threads,
+    }
+    return Model(checkpoint, config, runner, store, mode)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
+
+
+def _choose_engine(engine: str) -> str:
+    has_mlx = find_spec("mlx") is not None
+    if engine == "mlx" and not has_mlx:
+        raise ConfigError(
+            "engine='mlx': MLX is not installed here; "
+            "install it with 'pip install mlx', or use engine='numpy'"
+        )
+    if engine != "auto":
+        return engine
+    if has_mlx:
+        import mlx.core as mx
+
+        if mx.default_device() == mx.Device(mx.gpu):
+            return "mlx"
+    return "numpy"
+
+
+def _expert_files(checkpoint: Checkpoint, experts: str) -> ExpertFiles:
+    if experts == "packed":
+        return packed_experts(checkpoint.path / PACKED_FOLDER, checkpoint.config)
+    return experts_in_place(checkpoint)
+
+
+def _allocator(engine: str) -> Allocate:
+    if engine == "mlx":
+        from .mlx_model import allocate
+
+        return allocate
+    return allocate_numpy
+
+
+def _build(
+    engine: str,
+    compiled: bool,
+    checkpoint: Checkpoint,
+    store: ExpertStore,
+    config: ModelConfig,
+) -> object:
+    if engine == "mlx":
+        from .mlx_model import MlxModel as Engine
+    elif compiled:
+        from .compiled_model import CompiledModel as Engine
+    else:
+        from .numpy_model import NumpyModel as Engine
+    return Engine(checkpoint, store, config)
+
+
+def _bits(files: ExpertFiles) -> object:
+    """Bits per weight of the experts; a list where layers or projections differ."""
+    seen = set()
+    for fmt in files.formats:
+        widths = {bits for bits, _ in fmt.quantization.values()}
+        seen |= widths or {8 * fmt.parts[0].dtype.itemsize}
+    return seen.pop() if len(seen) == 1 else sorted(seen)
+
+
+class Model:
+    """A loaded model: its configuration, its engine, its experts and its tokenizer."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        engine: object,
+        store: ExpertStore,
+        mode: dict[str, object],
+    ) -> None:
+        self.path = checkpoint.path
+        self.checkpoint = checkpoint
+        self.config = config  # num_experts_per_tok is the k in use
+        self.engine = engine  # NumpyModel, CompiledModel or MlxModel
+        self.store = store
+        self.mode = mode
+        self.meter = Meter()
+
+    @cached_property
+    def tokenizer(self):
+        """The checkpoint's tokenizer. Raises: TokenizerError if its files are missing."""
+        from .tokenizer import Tokenizer
+
+        return Tokenizer.from_dir(self.path)
+
+    def new_state(self):
+        """The state before the first token."""
+        return self.engine.new_state()
+
+    def prefill(
+        self, ids: Sequence[int], state: object, all_logits: bool = False
+    ) -> np.ndarray:
+        """Process a prompt in chunks. Returns logits (V,) of the last token, or (T, V).
+
+        Raises: ConfigError for ids that the model cannot take.
+        """
+        start = time.perf_counter()
+        rows = []
+        for first in range(0, max(len(ids), 1), PREFILL_CHUNK):
+            chunk = ids[first : first + PREFILL_CHUNK]
+            rows.append(self.engine.forward(chunk, state, all_logits))
+        self.meter.prompt_tokens += len(ids)
+        self.meter.prefill_s += time.perf_counter() - start
+        return np.concatenate(rows) if all_logits else rows[-1]
+
+    def decode(self, token: int, state: object) -> np.ndarray:
+        """Process one generated token. Returns logits (V,) of the next."""
+        start = time.perf_counter()
+        logits = self.engine.forward([token], state)
+        self.meter.generated_tokens += 1
+        self.meter.decode_s += time.perf_counter() - start
+        return logits
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits after each token of a text, from a fresh state.
+
+        Shapes: ids (T,) -> (T, V) float32.
+        """
+        return self.prefill(ids, self.new_state(), all_logits=True)
+
+    def report(self) -> Report:
+        """What ran since loading, or since the last reset_report()."""
+        return make_report(
+            self.mode,
+            self.meter,
+            self.store.counters,
+            self.checkpoint.dense_bytes + self.store.files.n_bytes,
+            self.checkpoint.dense_bytes + self.store.n_bytes,
+        )
+
+    def reset_report(self) -> None:
+        """Start counting afresh."""
+        self.meter = Meter()
+        self.store.counters = Counters()
+
+    def close(self) -> None:
+        """Stop the reading threads and close the files."""
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
