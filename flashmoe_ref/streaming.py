@@ -170,6 +170,7 @@ class ExpertStore:
         self.files = files
         self.slots = slots
         self.threads = threads
+        self.inline_bytes = INLINE_BYTES
         self.n_layers = config.num_hidden_layers
         self.capacity = k if slots is None else slots  # experts per request
         self.counters = Counters()
@@ -231,7 +232,7 @@ class ExpertStore:
         counters.reads += len(missing) * n_runs
         counters.bytes_read += n_bytes
         jobs = [(expert, cache.slots[expert]) for expert in missing]
-        if n_bytes <= INLINE_BYTES:
+        if n_bytes <= self.inline_bytes:
             self._read_now(layer, jobs, cache, missing)
             return Ticket(slots)
         if self._pool is None:
