@@ -96,7 +96,7 @@ def filter_probabilities(p: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.top_k:
         keep[sampling.top_k :] = False
     # A token stays if the mass before it has not reached top_p yet.
-    keep &= np.cumsum(ranked) - ranked < sampling.top_p
+    keep[1:] &= np.cumsum(ranked)[:-1] < sampling.top_p
     keep &= ranked >= sampling.min_p * ranked[0]
     keep[0] = True
     cut = np.zeros_like(p)

@@ -1,4 +1,4 @@
-"""Checkpoints: three layouts mean the same weights, and every fault is one clear line."""
+"""Checkpoints: three layouts mean the same weights; every fault is one clear line."""
 
 import json
 import struct
