@@ -1,0 +1,49 @@
+# `make demo` and `make test` work in a fresh clone: they build .venv themselves.
+# Another Python: make demo PYTHON=python3.12
+
+VENV := .venv
+PYTHON ?=
+BIN := $(VENV)/bin
+MODEL ?= data/reduced
+
+.PHONY: help demo lab test bench notebooks lint format clean
+
+help:
+	@echo "make demo       stream text from the reduced model in data/reduced"
+	@echo "make lab        open the lessons in JupyterLab"
+	@echo "make test       run all tests and all notebooks"
+	@echo "make bench      measure speed, side by side with mlx-lm"
+	@echo "make notebooks  execute the notebooks again and store their outputs"
+	@echo "make lint       check formatting and style;  make format  repairs them"
+	@echo "make clean      remove .venv and caches"
+
+# One stamp for each list of packages; installed again only when pyproject.toml changes.
+$(VENV)/.has-%: pyproject.toml tools/setup.sh
+	@sh tools/setup.sh "$(VENV)" "$*" "$(PYTHON)"
+
+demo: $(VENV)/.has-run
+	@$(BIN)/flashmoe generate --model $(MODEL) --max-tokens 120 \
+		--temperature 0.7 --seed 1 "Once upon a time there was"
+
+lab: $(VENV)/.has-lab
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_start_here.ipynb
+
+test: $(VENV)/.has-test
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(VENV)/.has-test
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+notebooks: $(VENV)/.has-test
+	$(BIN)/python notebooks/store.py $(ARGS)
+
+lint: $(VENV)/.has-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.has-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
