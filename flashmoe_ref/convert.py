@@ -4,7 +4,7 @@ Writes what `mlx_lm.convert` writes: the same names, shapes, dtypes and bytes, s
 mlx-lm, this package and flash-moe's tools read it. Unlike it, never holds more than a
 few experts in memory, and goes on after a kill where it stopped.
 **But:** affine quantization only; the vision tower and the multi-token-prediction head
-are left out; a float keeps the dtype that it has in the file, whatever config.json says.
+are left out; a float keeps the dtype that the file has, whatever config.json says.
 *Taught in notebooks/05 and 06.*
 """
 
@@ -66,15 +66,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for bits in (self.bits, self.dense_bits):
-            if bits not in BITS:
-                raise ConfigError(f"{bits} bits are not supported; use one of {BITS}")
-        if self.group_size not in GROUP_SIZES:
-            raise ConfigError(
-                f"group size {self.group_size} is not supported; "
-                f"use one of {GROUP_SIZES}"
-            )
-        if self.shard_bytes < 1:
-            raise ConfigError(f"shard size {self.shard_bytes} must be at least 1 byte")
+            check_settings(bits, self.group_size, self.shard_bytes)
 
     def widths(self, module: str, n_in: int) -> tuple[int, int] | None:
         """Bits and group size of a module; None if its rows cannot be cut so."""
@@ -116,11 +108,23 @@ def convert(
     modules, widths = _plan_modules(checkpoint, settings)
     config = converted_config(checkpoint, read_json(source / "config.json"))
     config = with_quantization(config, (bits, group_size), widths)
-    record = {"format": FORMAT, "made_by": "convert", "settings": asdict(settings)}
+    record = {"made_by": "convert", "settings": asdict(settings)}
     write_model(
         checkpoint, target, record, plan_shards(modules, shard_bytes), config, progress
     )
     return target
+
+
+def check_settings(bits: int, group_size: int, shard_bytes: int) -> None:
+    """Raises: ConfigError for bits, group sizes or shard sizes that do not exist."""
+    if bits not in BITS:
+        raise ConfigError(f"{bits} bits are not supported; use one of {BITS}")
+    if group_size not in GROUP_SIZES:
+        raise ConfigError(
+            f"group size {group_size} is not supported; use one of {GROUP_SIZES}"
+        )
+    if shard_bytes < 1:
+        raise ConfigError(f"a shard size of {shard_bytes} bytes is too small")
 
 
 def write_model(
@@ -136,7 +140,8 @@ def write_model(
     Last, because a folder without config.json is not taken for a model.
     """
     check_apart(checkpoint.path, target)
-    record = record | {"source": identify(checkpoint, lambda name: True)}
+    source = identify(checkpoint, lambda name: True)
+    record = {"format": FORMAT, **record, "source": source}
     with open_target(target, record, RECORD_NAME):
         check_space(target, {target / shard.name: shard.n_bytes for shard in shards})
         write_small(target / RECORD_NAME, record)
@@ -155,7 +160,7 @@ def check_apart(source: Path, target: Path) -> None:
         raise PackError(f"{target}: is the source itself; give another folder")
 
 
-# ---- which tensors ---------------------------------------------------------------------
+# ---- which tensors -------------------------------------------------------------------
 
 
 def _plan_modules(
@@ -233,7 +238,7 @@ def target_name(config: ModelConfig, name: str) -> str:
     return prefix + name.replace(".mlp.experts.", ".mlp.switch_mlp.")
 
 
-# ---- how a tensor becomes a new one ---------------------------------------------------
+# ---- how a tensor becomes a new one --------------------------------------------------
 
 
 def _quantized(
@@ -244,7 +249,7 @@ def _quantized(
     blocks = [
         partial(_quantize_rows, piece, part, width)
         for piece in pieces
-        for part in _row_blocks(piece)
+        for part in row_blocks(piece)
     ]
     tensors = quantized_tensors(path, (*lead, n_in), pieces[0].dtype, width)
     return NewModule(tensors, len(pieces) * rows * n_in, tuple(blocks))
@@ -264,7 +269,8 @@ def quantized_tensors(
     )
 
 
-def _row_blocks(info: TensorInfo) -> list[slice]:
+def row_blocks(info: TensorInfo) -> list[slice]:
+    """Ranges of the leading axis, none of much more than `BLOCK_BYTES`."""
     n_rows = info.shape[0]
     step = max(1, BLOCK_BYTES * n_rows // max(info.n_bytes, 1))
     return [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)]
@@ -297,7 +303,7 @@ def _plain(
     blocks: list[Block] = [
         partial(_copy_rows, piece, part, bool(add_one))
         for piece in pieces
-        for part in _row_blocks(piece)
+        for part in row_blocks(piece)
     ]
     tensor = NewTensor(path, info.dtype, shape)
     n_parameters = tensor.n_bytes // info.dtype.itemsize

@@ -25,7 +25,7 @@ from .writing import is_finished, new_parts_file, write_small
 HEADER_PART = "header"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_OFFSET = 10**15  # for planning: no shard's offset has more digits
-N_WORKERS = min(4, os.cpu_count() or 1)  # NumPy releases the GIL in its loops
+N_WORKERS = min(8, os.cpu_count() or 1)  # NumPy releases the GIL in its loops
 
 Block = Callable[[], tuple[np.ndarray, ...]]
 

@@ -1,10 +1,10 @@
 """Write big files so that a kill at any moment loses time, never correctness.
 
-A file grows under a temporary name and gets its own name, by an atomic rename, only when
-all of its bytes are on the disk. Beside it lies a list of SHA-256 digests, one for each
+A file grows under a temporary name and gets its own, by an atomic rename, only when all
+of its bytes are on the disk. Beside it lies a list of SHA-256 digests, one for each
 part of the file (a tensor, or an expert), written first. A folder that we write into
-holds a record of what it is made from and how: a run that was cut off is resumed only by
-the same run, and two runs cannot share a folder. **But:** the source must stay unchanged
+holds a record of what it is made from and how: a run that was cut off is resumed only
+by the same run, and two runs cannot share it. **But:** the source must stay unchanged
 meanwhile; `identify` samples it, it does not read all of it. *Taught in notebooks/06.*
 """
 
@@ -179,7 +179,7 @@ def _lock(folder: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
     except Timeout:
         raise PackError(
-            f"{folder}: another process is writing to this folder; wait until it is done"
+            f"{folder}: another process is writing to this folder; wait for its end"
         ) from None
     finally:
         with suppress(OSError):  # an empty folder that we made, or not empty at all

@@ -1,0 +1,141 @@
+"""Checkpoint -> packed experts: one file a layer, so that an expert is one read.
+
+Writes the layout of Dan Woods' flash-moe: `packed_experts/layer_00.bin`, with expert e
+at byte e * expert_size, and `layout.json`, which says what an expert's record holds.
+Ours adds keys to it (`format`, `bits`, `group_size`, `source`), and digests beside each
+file. **But:** that layout knows one size of expert, so all layers must have the same
+bits. *Taught in notebooks/06.*
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .checkpoint import Checkpoint
+from .errors import PackError
+from .experts import (
+    LAYOUT_NAME,
+    PACKED_FOLDER,
+    PROJECTIONS,
+    ExpertFiles,
+    ExpertFormat,
+    experts_in_place,
+    packed_name,
+)
+from .shards import DTYPE_NAMES
+from .writing import (
+    check_space,
+    identify,
+    is_finished,
+    new_parts_file,
+    open_target,
+    progress_bar,
+    read_bytes,
+    write_small,
+)
+
+FORMAT = 1  # of our keys in layout.json
+
+
+def pack(
+    model_dir: str | Path, target: str | Path | None = None, progress: bool = True
+) -> Path:
+    """Copy the routed experts of a model into packed files; gives their folder.
+
+    The target is MODEL/packed_experts by default. A run that was cut off goes on if it
+    is called again.
+    Raises: ConfigError, CheckpointError; PackError if there is no room, or the target
+            holds something else.
+    Source: flash-moe `repack_experts.py`, for the layout.
+    """
+    model_dir = Path(model_dir)
+    target = Path(target or model_dir / PACKED_FOLDER)
+    checkpoint = Checkpoint.open(model_dir)
+    experts = experts_in_place(checkpoint)
+    layout = describe_layout(checkpoint, experts)
+    layer_bytes = layout["expert_size"] * layout["num_experts"]
+    paths = [target / packed_name(i) for i in range(layout["num_layers"])]
+    with open_target(target, layout, LAYOUT_NAME):
+        check_space(target, dict.fromkeys(paths, layer_bytes))
+        write_small(target / LAYOUT_NAME, layout)
+        with progress_bar(target.name, layer_bytes * len(paths), progress) as bar:
+            for layer, path in enumerate(paths):
+                if is_finished(path):
+                    bar.update(layer_bytes)
+                else:
+                    _pack_layer(path, experts, layer, bar)
+    return target
+
+
+def describe_layout(checkpoint: Checkpoint, experts: ExpertFiles) -> dict:
+    """The content of layout.json; it names the source by content, not by its place.
+
+    Raises: PackError if layers differ in their format.
+    """
+    fmt = experts.formats[0]
+    for layer, other in enumerate(experts.formats):
+        if other != fmt:
+            raise PackError(
+                f"{checkpoint.path}: experts of layer {layer} have another format than "
+                f"those of layer 0, packed files need one; read them in place instead"
+            )
+    bits, group_size = _widths(fmt)
+    return {
+        "expert_size": fmt.n_bytes,
+        "num_layers": len(experts.formats),
+        "num_experts": experts.n_experts,
+        "components": _components(fmt),
+        "format": FORMAT,
+        "bits": bits,
+        "group_size": group_size,
+        "source": source_identity(checkpoint),
+    }
+
+
+def source_identity(checkpoint: Checkpoint) -> dict:
+    """Identify the routed experts of a checkpoint."""
+    return identify(checkpoint, lambda name: ".mlp.experts." in name)
+
+
+def expert_label(expert: int) -> str:
+    """How the list of digests calls an expert."""
+    return f"expert {expert}"
+
+
+def _components(fmt: ExpertFormat) -> list[dict]:
+    components, offset = [], 0
+    for part in fmt.parts:
+        components.append(
+            {
+                "name": part.name,
+                "offset": offset,
+                "size": part.n_bytes,
+                "shape": list(part.shape),
+                "dtype": DTYPE_NAMES[part.dtype],
+            }
+        )
+        offset += part.n_bytes
+    return components
+
+
+def _widths(fmt: ExpertFormat) -> tuple[int | list[int] | None, ...]:
+    """Bits and group size: one number each; lists (gate, up, down) if they differ."""
+    if not fmt.quantization:
+        return None, None
+    columns = zip(*(fmt.quantization[p] for p in PROJECTIONS), strict=True)
+    return tuple(c[0] if len(set(c)) == 1 else list(c) for c in columns)
+
+
+def _pack_layer(path: Path, experts: ExpertFiles, layer: int, bar: tqdm) -> None:
+    n_bytes = experts.formats[layer].n_bytes
+    labels = {expert_label(e): n_bytes for e in range(experts.n_experts)}
+    with ExitStack() as stack, new_parts_file(path, labels) as packed:
+        runs = experts.runs[layer]
+        numbers = {place[0] for run in runs for place in run.places}
+        files = {n: stack.enter_context(open(experts.files[n], "rb")) for n in numbers}
+        for expert, label in enumerate(labels):
+            for run in runs:  # in the order of the record
+                number, offset = run.places[expert]
+                data = read_bytes(files[number], offset, run.n_bytes)
+                bar.update(packed.write(label, data))
