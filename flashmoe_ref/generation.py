@@ -201,7 +201,9 @@ class ChatSession:
         text = self.model.tokenizer.decode(answer)
         content, self.tool_calls = parse_tool_calls(text, self.tools)
         message = {"role": "assistant", "content": content}
-        if self.tool_calls:
+        if any(call.error for call in self.tool_calls):
+            message["content"] = text  # as written: the template could not repeat it
+        elif self.tool_calls:
             message["tool_calls"] = [
                 {"function": {"name": call.name, "arguments": call.arguments}}
                 for call in self.tool_calls

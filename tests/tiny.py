@@ -1,6 +1,7 @@
 """Tiny random checkpoints for tests, in every layout that we read. No torch needed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -38,6 +39,8 @@ TEXT_CONFIG = {
         "partial_rotary_factor": 0.25,
     },
 }
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+TEMPLATE = Path(__file__).parent / "fixtures" / "chat_template.jinja"
 PREFIXES = {"mlx": "language_model.model.", "hf": "model.language_model."}
 
 
@@ -152,3 +155,23 @@ def _save(folder: Path, tensors: dict[str, np.ndarray], n_shards: int) -> None:
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Give a model of at least 261 tokens a tokenizer of bytes and five controls."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(CONTROL))
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    generation = {"eos_token_id": [backend.token_to_id("<|endoftext|>")]}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    shutil.copy(TEMPLATE, folder / "chat_template.jinja")
+    return folder
