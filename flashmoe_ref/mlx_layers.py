@@ -1,0 +1,398 @@
+"""The blocks of Qwen3.5-MoE in MLX: `layers.py` again, for Apple GPU, CUDA and CPU.
+
+The functions have the names and the order of `layers.py`, which says what each computes
+and where it comes from; comments here say only how the two differ. Activations have
+one dtype, x.dtype: float32 on the CPU, bfloat16 on a GPU. What must not lose bits is
+float32 everywhere: norms, decay, delta states, router.
+**But:** MLX is lazy, so nothing here computes anything until `mlx_model.py` evaluates.
+*Taught in notebooks/04.*
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .layers import L2_EPS
+from .quantize import QuantizedMatrix
+
+KV_STEP = 256  # tokens by which a cache of keys and values grows, as in mlx-lm
+BLOCK_VALUES = 1 << 22  # values widened at a time: 16 MB as float32
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A stored weight matrix in MLX's memory; leading axes, such as slots, come first.
+
+    Shapes: weight (..., out, in), or packed uint32 words with scales and biases.
+    """
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    bits: int | None = None
+    group_size: int | None = None
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Dtype of the floats in the file: of the scales where quantized."""
+        return (self.weight if self.scales is None else self.scales).dtype
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Bits and group size, as MLX's functions take them."""
+        return {"bits": self.bits, "group_size": self.group_size}
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The arrays that the matrix consists of."""
+        arrays = (self.weight, self.scales, self.biases)
+        return [a for a in arrays if a is not None]
+
+    def __getitem__(self, index: mx.array | slice) -> "Matrix":
+        """Select along the first axis. A slice shares memory; an array copies."""
+        arrays = [a[index] for a in self.arrays]
+        return Matrix(*arrays, **(self.widths if len(arrays) == 3 else {}))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices that one input is multiplied by, row after row in as few as possible.
+
+    A product has a fixed price in MLX, however small; rows of the result do not depend
+    on each other, so one product with the stacked rows gives the same bits.
+    """
+
+    matrices: list[Matrix]
+    cuts: list[list[int]]  # for each matrix, where to cut its output
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The arrays that the matrices consist of."""
+        return [array for matrix in self.matrices for array in matrix.arrays]
+
+
+def to_mlx(array: np.ndarray) -> mx.array:
+    """Copy an array into MLX's memory, bit for bit; also bfloat16."""
+    if array.dtype.name == "bfloat16":  # unknown to Python's buffer protocol
+        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(array)
+
+
+def to_matrix(w: np.ndarray | QuantizedMatrix) -> Matrix:
+    """Copy a stored matrix into MLX's memory."""
+    if not isinstance(w, QuantizedMatrix):
+        return Matrix(to_mlx(w))
+    arrays = (to_mlx(a) for a in (w.weight, w.scales, w.biases))
+    return Matrix(*arrays, bits=w.bits, group_size=w.group_size)
+
+
+def to_stack(parts: list[np.ndarray | QuantizedMatrix]) -> Stack:
+    """Copy matrices into MLX's memory, stacking neighbours that are stored alike."""
+    runs: list[list] = []
+    for part in parts:
+        if runs and _storage(runs[-1][0]) == _storage(part):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    cuts = [np.cumsum([m.shape[0] for m in run])[:-1].tolist() for run in runs]
+    return Stack([to_matrix(_concatenate(run)) for run in runs], cuts)
+
+
+def _storage(w: np.ndarray | QuantizedMatrix) -> tuple:
+    if isinstance(w, QuantizedMatrix):
+        return w.bits, w.group_size, w.scales.dtype
+    return (w.dtype,)
+
+
+def _concatenate(run: list) -> np.ndarray | QuantizedMatrix:
+    first = run[0]
+    if len(run) == 1:
+        return first
+    if not isinstance(first, QuantizedMatrix):
+        return np.concatenate(run)
+    names = ("weight", "scales", "biases")
+    arrays = (np.concatenate([getattr(m, name) for m in run]) for name in names)
+    return QuantizedMatrix(*arrays, first.bits, first.group_size)
+
+
+def widen(w: Matrix, dtype: mx.Dtype) -> mx.array:
+    """The values of a stored matrix, decoded in float32."""
+    if w.scales is None:
+        return w.weight.astype(dtype)
+    # NOTE: with bf16 scales mx.dequantize would round twice on the way.
+    scales, biases = (a.astype(mx.float32) for a in (w.scales, w.biases))
+    return mx.dequantize(w.weight, scales, biases, **w.widths).astype(dtype)
+
+
+def linear(x: mx.array, w: Matrix) -> mx.array:
+    """Apply a stored weight matrix. Shapes: x (T, in), w (out, in) -> (T, out)."""
+    if w.scales is not None:
+        y = mx.quantized_matmul(x, w.weight, w.scales, w.biases, **w.widths)
+        return y.astype(x.dtype)
+    if w.weight.dtype == x.dtype:
+        return x @ w.weight.T
+    step = max(1, BLOCK_VALUES // w.weight.shape[1])
+    blocks = (w.weight[i : i + step] for i in range(0, len(w.weight), step))
+    return mx.concatenate([x @ b.astype(x.dtype).T for b in blocks], axis=-1)
+
+
+def linears(x: mx.array, stack: Stack) -> list[mx.array]:
+    """Apply each matrix of a stack to x."""
+    outputs = []
+    for matrix, cuts in zip(stack.matrices, stack.cuts, strict=True):
+        outputs += mx.split(linear(x, matrix), cuts, axis=-1)
+    return outputs
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """Scale each row to unit root mean square, then by weight (n,) float32."""
+    return mx.fast.rms_norm(x.astype(mx.float32), weight, eps).astype(x.dtype)
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x)."""
+    return x * mx.sigmoid(x)
+
+
+def softplus(x: mx.array) -> mx.array:
+    """log(1 + exp(x)), without overflow."""
+    return mx.logaddexp(x, 0.0)
+
+
+# --- gated attention ------------------------------------------------------------------
+
+
+@dataclass
+class AttentionState:
+    """Keys and values of the tokens so far. Grows by KV_STEP; n tokens are filled."""
+
+    k: mx.array  # (1, Hkv, capacity, Dh): heads before tokens, as MLX wants them
+    v: mx.array
+    n: int = 0
+
+    @classmethod
+    def empty(cls, n_kv_heads: int, head_dim: int, dtype: mx.Dtype) -> "AttentionState":
+        """A cache for no tokens yet."""
+        shape = (1, n_kv_heads, 0, head_dim)
+        return cls(mx.zeros(shape, dtype), mx.zeros(shape, dtype))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of memory that the cache occupies."""
+        return self.k.nbytes + self.v.nbytes
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What has to be evaluated before another thread may use the state."""
+        return [self.k, self.v]
+
+    def append(self, k: mx.array, v: mx.array) -> None:
+        """Add T tokens. Shapes: k, v (1, Hkv, T, Dh)."""
+        n = self.n + k.shape[2]
+        if n > self.k.shape[2]:
+            capacity = -(-n // KV_STEP) * KV_STEP  # rounded up
+            self.k, self.v = (_grown(a, capacity, self.n) for a in (self.k, self.v))
+        # In place where nothing else refers to the old array, a copy where a snapshot
+        # does: MLX sees to that.
+        self.k[..., self.n : n, :] = k
+        self.v[..., self.n : n, :] = v
+        self.n = n
+
+    def copy(self) -> "AttentionState":
+        """An independent copy; memory is shared until one of the two goes on."""
+        return AttentionState(mx.array(self.k), mx.array(self.v), self.n)
+
+
+def _grown(old: mx.array, capacity: int, n: int) -> mx.array:
+    _, n_heads, _, width = old.shape
+    rest = mx.zeros((1, n_heads, capacity - n, width), old.dtype)
+    return mx.concatenate([old[..., :n, :], rest], axis=2)
+
+
+def rope_periods(rotary_dim: int, theta: float) -> mx.array:
+    """theta^(2i/d), the reciprocals of the frequencies of `layers.rope_angles`.
+
+    NOTE: with base=theta MLX would round them otherwise, which shows at long distance.
+    """
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
+    return mx.array((np.float32(theta) ** exponents).astype(np.float32))
+
+
+def rotate(u: mx.array, periods: mx.array, offset: int) -> mx.array:
+    """Rotate the first dimensions of each head. Shapes: u (1, H, T, Dh), same out."""
+    dims = 2 * periods.size
+    return mx.fast.rope(
+        u, dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
+    )
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Causal grouped-query attention of the newest T tokens over all n.
+
+    Shapes: q (1, H, T, Dh), k and v (1, Hkv, n, Dh) -> (1, H, T, Dh).
+    """
+    mask = "causal" if q.shape[2] > 1 else None
+    scale = q.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def gated_attention(
+    h: mx.array, w: dict, state: AttentionState, periods: mx.array, eps: float
+) -> mx.array:
+    """Attention whose output is gated by a sigmoid. Shapes: h (T, D) -> (T, D).
+
+    w: qkv_proj (a Stack of q_proj, k_proj, v_proj), o_proj, q_norm, k_norm.
+    """
+    t, (_, n_kv, _, dh) = len(h), state.k.shape
+    q, k, v = linears(h, w["qkv_proj"])
+    q, gate = mx.split(q.reshape(t, -1, 2 * dh), 2, axis=-1)
+    q = rms_norm(q, w["q_norm"], eps)
+    k = rms_norm(k.reshape(t, n_kv, dh), w["k_norm"], eps)
+    # (T, H, Dh) -> (1, H, T, Dh)
+    q, k, v = (x.swapaxes(0, 1)[None] for x in (q, k, v.reshape(t, n_kv, dh)))
+    q, k = rotate(q, periods, state.n), rotate(k, periods, state.n)
+    state.append(k, v)
+    mixed = attend(q, state.k[..., : state.n, :], state.v[..., : state.n, :])
+    mixed = mixed[0].swapaxes(0, 1)  # (T, H, Dh)
+    return linear((mixed * mx.sigmoid(gate)).reshape(t, -1), w["o_proj"])
+
+
+# --- Gated DeltaNet -------------------------------------------------------------------
+
+
+@dataclass
+class DeltaState:
+    """What a Gated DeltaNet layer remembers. Its arrays are replaced, never written."""
+
+    conv: mx.array  # (kernel - 1, C), in the dtype of activations
+    s: mx.array  # (1, Hv, Dv, Dk) float32
+
+    @classmethod
+    def empty(
+        cls, kernel: int, channels: int, n_heads: int, dv: int, dk: int, dtype: mx.Dtype
+    ) -> "DeltaState":
+        """The state before the first token: all zeros."""
+        conv = mx.zeros((kernel - 1, channels), dtype)
+        return cls(conv, mx.zeros((1, n_heads, dv, dk), mx.float32))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of memory that the state occupies."""
+        return self.conv.nbytes + self.s.nbytes
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What has to be evaluated before another thread may use the state."""
+        return [self.conv, self.s]
+
+    def copy(self) -> "DeltaState":
+        """An independent copy; the arrays can be shared, since none is written to."""
+        return DeltaState(self.conv, self.s)
+
+
+def causal_conv(
+    x: mx.array, kernel: mx.array, tail: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Depthwise causal convolution, in float32.
+
+    Shapes: x (T, C), kernel (width, C), tail (width - 1, C) -> y (T, C), new tail.
+    DIFFERS: the kernel is transposed at load, so that a row is a tap.
+    """
+    t, width = len(x), len(kernel)
+    padded = mx.concatenate([tail, x])  # (width - 1 + T, C)
+    if t == 1:
+        y = (padded * kernel).sum(axis=0, keepdims=True)
+    else:
+        y = sum(padded[i : i + t] * kernel[i] for i in range(width))
+    return y, padded[t:]
+
+
+def l2_normalize(x: mx.array) -> mx.array:
+    """Scale each row to unit length.
+
+    The fused norm divides by sqrt(mean + eps); with n values in a row, mean is sum / n.
+    """
+    n = x.shape[-1]
+    return mx.fast.rms_norm(x, None, L2_EPS / n) * n**-0.5
+
+
+def delta_rule(
+    s: mx.array, q: mx.array, k: mx.array, v: mx.array, decay: mx.array, beta: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The gated delta rule over T tokens, fused by MLX; all in float32.
+
+    Shapes: s (1, Hv, Dv, Dk), q and k (T, Hk, Dk), v (T, Hv, Dv), decay and beta
+    (T, Hv) -> o (T, Hv, Dv), new s. DIFFERS: takes the decay itself, not its log, and
+    lets value head j read key head j // ratio by itself.
+    """
+    batch = (x[None] for x in (q, k, v, decay, beta))
+    o, s = mx.fast.gated_delta_update(*batch, s)
+    return o[0], s
+
+
+def gated_delta_net(
+    h: mx.array, w: dict, state: DeltaState, n_key_heads: int, eps: float
+) -> mx.array:
+    """Linear attention with a corrected, decaying memory. Shapes: h (T, D) -> (T, D).
+
+    w: in_proj (a Stack of in_proj_qkv, _z, _b, _a), conv1d (width, C), A (Hv,) with
+    A = -exp(A_log), dt_bias, norm, out_proj. Replaces the arrays of state.
+    """
+    t, (_, n_heads, dv, dk) = len(h), state.s.shape
+    qkv, z, b, a = linears(h, w["in_proj"])
+    mixed, state.conv = causal_conv(qkv, w["conv1d"], state.conv)
+    key_dim = n_key_heads * dk
+    q, k, v = mx.split(silu(mixed), [key_dim, 2 * key_dim], axis=-1)
+    q = l2_normalize(q.reshape(t, n_key_heads, dk)) * dk**-0.5
+    k = l2_normalize(k.reshape(t, n_key_heads, dk))
+    beta = mx.sigmoid(b.astype(mx.float32))
+    decay = mx.exp(w["A"] * softplus(a.astype(mx.float32) + w["dt_bias"]))
+    v = v.reshape(t, n_heads, dv)
+    o, state.s = delta_rule(state.s, q, k, v, decay, beta)
+    z = z.reshape(t, n_heads, dv).astype(mx.float32)
+    gated = rms_norm(o, w["norm"], eps) * silu(z)
+    return linear(gated.reshape(t, -1).astype(h.dtype), w["out_proj"])
+
+
+# --- Mixture of Experts ---------------------------------------------------------------
+
+
+def expert_mlp(
+    x: mx.array, experts: dict[str, Matrix], slots: mx.array, is_sorted: bool = False
+) -> mx.array:
+    """For each row, the expert in its slot.
+
+    Shapes: x (1, 1, D) or (R, 1, D), slots (R,) uint32 -> (R, D) in x.dtype; experts
+    has gate_proj, up_proj and down_proj (slots, out, in).
+    """
+    gate = gather_linear(x, experts["gate_proj"], slots, is_sorted)  # (R, 1, F)
+    up = gather_linear(x, experts["up_proj"], slots, is_sorted)
+    y = gather_linear(silu(gate) * up, experts["down_proj"], slots, is_sorted)
+    return y.squeeze(1)
+
+
+def gather_linear(
+    x: mx.array, bank: Matrix, slots: mx.array, is_sorted: bool
+) -> mx.array:
+    """Multiply each row by the matrix in its slot.
+
+    Shapes: x (R, 1, in), bank (slots, out, in), slots (R,) -> (R, 1, out). is_sorted
+    promises ascending slots, which GPUs make use of.
+    NOTE: MLX checks no bounds: a wrong slot gives numbers, not an error.
+    """
+    order = {"rhs_indices": slots, "sorted_indices": is_sorted}
+    if bank.scales is None:
+        weight = bank.weight.astype(x.dtype).swapaxes(-1, -2)
+        return mx.gather_mm(x, weight, **order)
+    arrays = (bank.weight, bank.scales, bank.biases)
+    return mx.gather_qmm(x, *arrays, **order, **bank.widths).astype(x.dtype)
+
+
+def shared_expert(x: mx.array, w: dict) -> mx.array:
+    """The expert that every token uses. Shapes: x (T, D) -> (T, D).
+
+    w: shared (a Stack of gate_proj, up_proj, shared_expert_gate), shared_down_proj.
+    """
+    gate, up, own_gate = linears(x, w["shared"])
+    return mx.sigmoid(own_gate) * linear(silu(gate) * up, w["shared_down_proj"])

@@ -1,0 +1,315 @@
+"""The whole model in MLX: `mlx_layers.py` assembled over streamed experts.
+
+The functions have the names and the order of `numpy_model.py`; read the two side by
+side. Activations are float32 on the CPU and bfloat16 on a GPU; weights stay as the file
+has them. **But:** batch size one. *Taught in notebooks/04 and 07.*
+
+How it maps to the reference:
+
+*Laziness.* MLX computes when asked to. There is one wait a layer: for the router's
+logits, since which experts to read depends on them. Everything before is computed by
+then, so the experts of layer l are evaluated no later than the router of layer l + 1.
+
+*Slots.* A slot is refilled only by a request to its bank, and a request follows a wait
+that covers every use of the bank so far: the router's of the next layer for a bank that
+all layers share, and of the next token for a layer's own. Inside a prompt, where one
+layer makes several requests, each but the last wave of experts is waited for. So no
+graph that is still to be evaluated refers to a slot that is overwritten.
+
+*Threads.* An MLX stream belongs to the thread that made it, and so does an array that
+is not evaluated. Every array of a state is evaluated when forward() returns: any thread
+may make the next call, but only one at a time. The store's threads only read bytes.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from . import layers as reference
+from . import mlx_layers as layers
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .errors import ConfigError
+from .mlx_layers import AttentionState, DeltaState, Matrix
+from .numpy_model import NORMS, PROJECTIONS, VECTORS, State, check_ids
+from .streaming import ExpertStore, SlotBank
+
+BLOCK_BYTES = 1 << 26  # rows and widened weights of a prompt's experts at a time
+
+# name of a stack -> the matrices that the same input is multiplied by
+STACKS = {
+    "linear_attention": {
+        "in_proj": [f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")]
+    },
+    "full_attention": {
+        "qkv_proj": [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    },
+    "mlp": {
+        "shared": [
+            "mlp.shared_expert.gate_proj",
+            "mlp.shared_expert.up_proj",
+            "mlp.shared_expert_gate",
+        ]
+    },
+}
+MATRICES = {
+    "linear_attention": {"out_proj": "linear_attn.out_proj"},
+    "full_attention": {"o_proj": "self_attn.o_proj"},
+    "mlp": {"gate": "mlp.gate", "shared_down_proj": "mlp.shared_expert.down_proj"},
+}
+DTYPES = {
+    "uint32": mx.uint32,
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+}
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype) -> tuple[mx.array, np.ndarray]:
+    """MLX memory for slots, and the same memory as bytes to read into.
+
+    Shapes: -> array (slots, ...) zeroed, bytes (slots, n) uint8, writable.
+    Raises: ConfigError where this MLX gives no access to its memory.
+    """
+    array = mx.zeros(shape, DTYPES[np.dtype(dtype).name])
+    as_bytes = array.reshape(shape[0], -1).view(mx.uint8)
+    mx.eval(array, as_bytes)
+    view = np.array(as_bytes, copy=False)
+    _check_shared(array, view)
+    return array, view
+
+
+def _check_shared(array: mx.array, view: np.ndarray) -> None:
+    """Write a byte through the view and look for it in the array."""
+    view[-1, -1] = 1
+    seen = array[-1:].reshape(-1)[-1:].view(mx.uint8)[-1].item()
+    view[-1, -1] = 0
+    if seen != 1:
+        raise ConfigError(
+            f"MLX {mx.__version__} on {mx.default_device()} gives no access to its "
+            f"memory, so experts cannot be read into it; use engine='numpy'"
+        )
+
+
+def load_layer(checkpoint: Checkpoint, layer: int) -> dict:
+    """Read a layer's dense weights, by the names that `mlx_layers.py` uses."""
+    kind = checkpoint.config.layer_types[layer]
+    stem = f"layers.{layer}"
+    w = {}
+    for name, parts in (STACKS[kind] | STACKS["mlp"]).items():
+        w[name] = layers.to_stack([checkpoint.module(f"{stem}.{p}") for p in parts])
+    for name, module in (MATRICES[kind] | MATRICES["mlp"]).items():
+        w[name] = layers.to_matrix(checkpoint.module(f"{stem}.{module}"))
+    for name in VECTORS[kind] + list(NORMS):
+        w[name.rsplit(".", 1)[-1]] = mx.array(checkpoint.vector(f"{stem}.{name}"))
+    if kind == "linear_attention":
+        w["A"] = -mx.exp(w.pop("A_log"))
+        conv1d = checkpoint.module(f"{stem}.linear_attn.conv1d")
+        w["conv1d"] = mx.array(np.ascontiguousarray(conv1d.T))
+    # What is lazy belongs to the loading thread, so nothing may stay lazy.
+    mx.eval([getattr(value, "arrays", value) for value in w.values()])
+    return w
+
+
+class MlxModel:
+    """Qwen3.5-MoE in MLX: dense weights in memory, experts through a store.
+
+    The store must have been made with `allocate`. n_syncs counts the times that
+    Python waited for MLX.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, store: ExpertStore, config: ModelConfig
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.n_syncs = 0
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        self.dtype = mx.float32 if on_cpu else mx.bfloat16  # of activations
+        self.periods = layers.rope_periods(config.rotary_dim, config.rope_theta)
+        # The largest first: each is in memory twice while it is copied.
+        self.embed_tokens = layers.to_matrix(checkpoint.module("embed_tokens"))
+        self.lm_head = (
+            self.embed_tokens
+            if config.tie_word_embeddings
+            else layers.to_matrix(checkpoint.module("lm_head"))
+        )
+        self.norm = mx.array(checkpoint.vector("norm"))
+        mx.eval(self.periods, self.norm, self.embed_tokens.arrays, self.lm_head.arrays)
+        n_layers = range(config.num_hidden_layers)
+        self.layers = [load_layer(checkpoint, layer) for layer in n_layers]
+        self.experts = [bank_matrices(store.bank(layer)) for layer in n_layers]
+
+    def new_state(self) -> State:
+        """The state before the first token."""
+        c = self.config
+        delta = (c.linear_conv_kernel_dim, c.conv_dim, c.linear_num_value_heads)
+        heads = (c.linear_value_head_dim, c.linear_key_head_dim)
+        state = State(
+            [
+                DeltaState.empty(*delta, *heads, self.dtype)
+                if c.is_linear(layer)
+                else AttentionState.empty(c.num_key_value_heads, c.head_dim, self.dtype)
+                for layer in range(c.num_hidden_layers)
+            ]
+        )
+        mx.eval([layer.arrays for layer in state.layers])
+        return state
+
+    def forward(
+        self, ids: Sequence[int], state: State, all_logits: bool = False
+    ) -> np.ndarray:
+        """Process tokens, updating state; one token is a decode step, more a prefill.
+
+        Returns float32 logits: (V,) of the last token, or (T, V) with all_logits.
+        Raises: ConfigError for ids outside the vocabulary, none, or too many in all.
+        """
+        check_ids(ids, state.n_tokens, self.config)
+        x = self.embed(np.asarray(ids))
+        for layer in range(self.config.num_hidden_layers):
+            x = self.layer(layer, x, state)
+        state.n_tokens += len(ids)
+        logits = self.logits(x if all_logits else x[-1:])
+        logits = self.wait(logits, [layer.arrays for layer in state.layers])
+        return logits if all_logits else logits[0]
+
+    def embed(self, ids: np.ndarray) -> mx.array:
+        """Look tokens up. Shapes: ids (T,) -> (T, D)."""
+        return layers.widen(self.embed_tokens[mx.array(ids)], self.dtype)
+
+    def layer(self, layer: int, x: mx.array, state: State) -> mx.array:
+        """One block: mix over time, then over experts. Shapes: x (T, D) -> (T, D)."""
+        w, eps = self.layers[layer], self.config.rms_norm_eps
+        h = layers.rms_norm(x, w["input_layernorm"], eps)
+        x = x + self.mix(layer, h, state)
+        h = layers.rms_norm(x, w["post_attention_layernorm"], eps)
+        return x + self.moe(layer, h)
+
+    def mix(self, layer: int, h: mx.array, state: State) -> mx.array:
+        """Gated DeltaNet or gated attention. Shapes: h (T, D) -> (T, D)."""
+        c, w, own = self.config, self.layers[layer], state.layers[layer]
+        if c.is_linear(layer):
+            heads = c.linear_num_key_heads
+            return layers.gated_delta_net(h, w, own, heads, c.rms_norm_eps)
+        return layers.gated_attention(h, w, own, self.periods, c.rms_norm_eps)
+
+    def moe(self, layer: int, h: mx.array) -> mx.array:
+        """Routed experts plus the shared one. Shapes: h (T, D) -> (T, D).
+
+        MLX computes the shared expert while Python routes and reads. Routing is the
+        reference's own function, so that both engines order experts alike.
+        """
+        w = self.layers[layer]
+        router_logits = layers.linear(h.astype(mx.float32), w["gate"])
+        mx.async_eval(router_logits)
+        shared = layers.shared_expert(h, w)
+        mx.async_eval(shared)  # queued behind the logits, which do not wait for it
+        experts, weights = reference.route_topk(
+            self.wait(router_logits), self.config.num_experts_per_tok
+        )
+        if len(h) > 1:
+            return self.experts_of_prompt(layer, h, experts, weights) + shared
+        ticket = self.store.request(layer, experts[0].tolist())
+        return self.experts_of_token(layer, h, ticket.wait(), weights[0]) + shared
+
+    def experts_of_token(
+        self, layer: int, h: mx.array, slots: list[int], weights: np.ndarray
+    ) -> mx.array:
+        """Weighted sum of K experts, best first. Shapes: h (1, D) -> (1, D)."""
+        experts, index = self.experts[layer], mx.array(slots, mx.uint32)
+        if must_widen(experts, h.dtype) and self.store.capacity > 4 * len(slots):
+            # MLX would widen the whole bank; a copy of the slots in use is cheaper.
+            experts = {name: matrix[index] for name, matrix in experts.items()}
+            index = mx.arange(len(slots), dtype=mx.uint32)
+        y = layers.expert_mlp(h[None], experts, index)  # (K, D)
+        return (mx.array(weights[None]) @ y.astype(mx.float32)).astype(h.dtype)
+
+    def experts_of_prompt(
+        self, layer: int, h: mx.array, experts: np.ndarray, weights: np.ndarray
+    ) -> mx.array:
+        """The same for T tokens, expert by expert, so that each is read at most once.
+
+        Shapes: h (T, D), experts and weights (T, K) -> (T, D). Each output goes to its
+        token and rank and the sum comes last, best first: so it does not depend on the
+        number of slots. This takes T * K * D values of memory.
+        """
+        (t, k), capacity = experts.shape, self.store.capacity
+        outputs = mx.zeros((t * k, h.shape[1]), h.dtype)
+        chosen = np.unique(experts)
+        for start in range(0, len(chosen), capacity):
+            if start:  # the slots of the wave before are about to be refilled
+                self.wait(outputs)
+            wave = chosen[start : start + capacity]
+            slots = self.store.request(layer, wave.tolist()).wait()
+            slot_of = np.full(self.config.num_experts, -1)
+            slot_of[wave] = slots
+            outputs = self.wave(layer, h, slot_of[experts], outputs)
+        outputs = outputs.reshape(t, k, -1).astype(mx.float32)
+        return (mx.array(weights)[:, None] @ outputs).squeeze(1).astype(h.dtype)
+
+    def wave(
+        self, layer: int, h: mx.array, slots: np.ndarray, outputs: mx.array
+    ) -> mx.array:
+        """Compute the experts that are in slots now, and put their outputs in place.
+
+        Shapes: h (T, D), slots (T, K) with -1 for an expert that is not here, outputs
+        (T * K, D) -> outputs. Rows go in the order of slots, some slots at a time.
+        """
+        k, slots = slots.shape[1], slots.ravel()
+        places = np.argsort(slots, kind="stable")[np.sum(slots < 0) :]
+        slots = slots[places]
+        row_bytes, slot_bytes = 3 * h.dtype.size * h.shape[1], 0
+        if must_widen(self.experts[layer], h.dtype):
+            slot_bytes = 2 * self.store.bank(layer).format.n_bytes
+        for rows in blocks(slots, row_bytes, slot_bytes):
+            first, last = slots[rows.start], slots[rows.stop - 1] + 1
+            # slices share memory with the bank
+            experts = {p: m[first:last] for p, m in self.experts[layer].items()}
+            x = h[mx.array(places[rows] // k)][:, None]  # (R, 1, D)
+            index = mx.array((slots[rows] - first).astype(np.uint32))
+            y = layers.expert_mlp(x, experts, index, is_sorted=True)
+            outputs[mx.array(places[rows])] = y
+        return outputs
+
+    def logits(self, x: mx.array) -> mx.array:
+        """Scores of the next token, float32. Shapes: x (T, D) -> (T, V)."""
+        h = layers.rms_norm(x, self.norm, self.config.rms_norm_eps)
+        return layers.linear(h, self.lm_head).astype(mx.float32)
+
+    def wait(self, array: mx.array, *others: object) -> np.ndarray:
+        """Compute arrays now. Returns the first, which must not be bfloat16."""
+        self.n_syncs += 1
+        mx.eval(array, *others)
+        return np.array(array, copy=False)
+
+
+def bank_matrices(bank: SlotBank) -> dict[str, Matrix]:
+    """A bank's projections (slots, out, in), in the memory that the store fills."""
+    matrices = {}
+    for name in PROJECTIONS:
+        kinds = ("weight", "scales", "biases")
+        arrays = [bank.arrays.get(f"{name}.{kind}") for kind in kinds]
+        matrices[name] = Matrix(*arrays, *bank.format.quantization.get(name, ()))
+    return matrices
+
+
+def must_widen(experts: dict[str, Matrix], dtype: mx.Dtype) -> bool:
+    """Whether MLX would first convert stored floats to the dtype of activations."""
+    return any(matrix.dtype != dtype for matrix in experts.values())
+
+
+def blocks(slots: np.ndarray, row_bytes: int, slot_bytes: int) -> Iterator[slice]:
+    """Cut ascending slots into ranges of rows that take at most BLOCK_BYTES.
+
+    A slot's rows stay together, so a block may be larger where it has one slot.
+    """
+    starts = np.flatnonzero(np.diff(slots, prepend=-1))  # first row of each slot
+    begin = 0
+    for start, stop in zip(starts, [*starts[1:], len(slots)], strict=True):
+        n_slots = slots[start] - slots[begin] + 1
+        too_large = (stop - begin) * row_bytes + n_slots * slot_bytes > BLOCK_BYTES
+        if start > begin and too_large:
+            yield slice(begin, start)
+            begin = start
+    yield slice(begin, len(slots))
