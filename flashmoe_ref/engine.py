@@ -33,7 +33,7 @@ def load(
     k: int | None = None,
     slots: int | None = None,
     threads: int = 4,
-    compiled: bool = True,
+    compiled: bool = False,
 ) -> "Model":
     """Open a model folder for generation.
 
@@ -70,7 +70,7 @@ def load(
         store.close()
         raise
     mode = {
-        "engine": engine + ("" if compiled or engine == "mlx" else " (not compiled)"),
+        "engine": engine if compiled or engine == "mlx" else f"{engine}, not compiled",
         "experts": experts,
         "k": config.num_experts_per_tok,
         "trained k": checkpoint.config.num_experts_per_tok,

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import write_tiny
 
@@ -16,7 +16,11 @@ from flashmoe_ref.experts import experts_in_place
 from flashmoe_ref.streaming import ExpertStore, LruSlots, read_exactly
 
 N_EXPERTS, K = 8, 3
-ENGINES = ("numpy", "mlx")
+ENGINES = (
+    {"engine": "numpy"},
+    {"engine": "numpy", "compiled": False},
+    {"engine": "mlx"},
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +33,11 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def resident(request, tiny):
-    with load(tiny, engine=request.param, experts="resident") as model:
-        yield model
+@pytest.fixture(
+    params=ENGINES, ids=lambda options: "-".join(map(str, options.values()))
+)
+def engine(request):
+    return request.param
 
 
 def run(model, prompt, n_decode, chunk):
@@ -48,7 +53,11 @@ def run(model, prompt, n_decode, chunk):
     return np.concatenate(rows)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # engine is constant
+)
 @given(
     source=st.sampled_from(["stream", "packed"]),
     slots=st.sampled_from([None, *range(K, N_EXPERTS + 1)]),
@@ -58,13 +67,12 @@ def run(model, prompt, n_decode, chunk):
     chunk=st.integers(1, 40),
 )
 def test_streamed_equals_resident_to_the_bit(
-    resident, tiny, source, slots, threads, k, prompt, chunk
+    engine, tiny, source, slots, threads, k, prompt, chunk
 ):
-    engine = resident.mode["engine"]
     options = {"experts": source, "slots": slots, "threads": threads, "k": k}
     with (
-        load(tiny, engine=engine, k=k, experts="resident") as whole,
-        load(tiny, engine=engine, **options) as streamed,
+        load(tiny, k=k, experts="resident", **engine) as whole,
+        load(tiny, **options, **engine) as streamed,
     ):
         streamed.store.inline_bytes = 0  # let the threads read, small as this is
         expected = run(whole, prompt, 6, chunk)
@@ -91,11 +99,11 @@ def test_prefill_reads_an_expert_once_a_chunk(tiny):
         assert model.store.counters.misses <= n_layers * N_EXPERTS
 
 
-def test_resident_reads_nothing_after_loading(resident):
-    before = resident.store.counters.reads
-    resident.logits([1, 2, 3])
-    assert resident.store.counters.reads == before == 0
-    assert resident.report().hit_rate == 1
+def test_resident_reads_nothing_after_loading(tiny, engine):
+    with load(tiny, experts="resident", **engine) as model:
+        model.logits([1, 2, 3])
+        assert model.store.counters.reads == 0
+        assert model.report().hit_rate == 1
 
 
 def test_memory_is_what_the_slots_promise(tiny):
