@@ -2,11 +2,12 @@
 
 Set up as Hugging Face's `apply_chat_template` does, so model files work as they are.
 **But:** text only; one template; no date or generation-mask helpers.
-*Taught in notebooks/08.*
+*Taught in notebooks/04.*
 """
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def prepare_message(message: dict[str, Any]) -> dict[str, Any]:
 
     Reasoning: `<think>a</think>b` as content becomes reasoning_content a, content b.
     Tool calls: arguments given as JSON text become a mapping.
-    Raises: TokenizerError if such arguments are no JSON object.
+    Raises: TokenizerError if the arguments are not an object.
     """
     if not isinstance(message, Mapping):
         raise TokenizerError(
@@ -97,13 +98,14 @@ def _with_mapping(call: dict[str, Any]) -> dict[str, Any]:
     function = dict(call.get("function", call))
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            function["arguments"] = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise TokenizerError(
-                f"arguments of the call to {function.get('name')!r} are not JSON "
-                f"({error}); give a dict"
-            ) from error
+        with suppress(json.JSONDecodeError):  # then still a str, and refused below
+            arguments = json.loads(arguments)
+        function["arguments"] = arguments
+    if not isinstance(arguments, Mapping):
+        raise TokenizerError(
+            f"arguments of the call to {function.get('name')!r} are not a JSON object: "
+            f"{arguments!r:.60}; give a dict"
+        )
     return {**call, "function": function} if "function" in call else function
 
 

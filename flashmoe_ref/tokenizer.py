@@ -2,7 +2,7 @@
 
 Byte-level BPE run by the `tokenizers` library; chat templates in chat_template.py.
 **But:** no images; one sequence at a time.
-*Taught in notebooks/08.*
+*Taught in notebooks/04.*
 """
 
 import codecs
@@ -59,9 +59,11 @@ class Tokenizer:
         self.stop_ids = files.stop_ids
         self.sampling = files.sampling
         self._folder = files.folder
-        self._template = files.template and ChatTemplate(
-            files.template, files.folder, files.named_tokens
-        )
+        self._template = None
+        if files.template is not None:
+            self._template = ChatTemplate(
+                files.template, files.folder, files.named_tokens
+            )
         # id -> bytes, filled as ids come; control tokens are plain text
         self._bytes = {i: text.encode() for text, i in self.control.items()}
 
@@ -166,6 +168,8 @@ class Tokenizer:
                 f"token id {token_id} is not one of the {self.n_real_ids} in "
                 f"{self._folder / 'tokenizer.json'}; mask the padded rows of the logits"
             )
+        if not BYTE_OF_CHARACTER.keys() >= set(token):
+            return token.encode()  # plain text among the byte-level tokens
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
 
     @property

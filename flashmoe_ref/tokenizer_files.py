@@ -2,7 +2,7 @@
 
 Follows Hugging Face's file formats; stop ids are a union, as no single file has all.
 **But:** byte-level BPE only (Qwen's kind); every other setting in the files is ignored.
-*Taught in notebooks/08.*
+*Taught in notebooks/04.*
 """
 
 import json
@@ -112,6 +112,8 @@ def _load_backend(path: Path) -> Any:
         raise TokenizerError(
             f"{path}: not byte-level BPE, the only kind supported; use a Qwen model"
         )
+    backend.no_truncation()  # a file may ask for either, left over from training
+    backend.no_padding()
     return backend
 
 

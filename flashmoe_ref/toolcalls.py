@@ -14,7 +14,7 @@ The format has no escapes: a value ends at the </parameter> that another paramet
 the end of the call follows, a call at the first </tool_call>.
 **But:** cut off the thinking (up to </think>) first. Types come from the tools' JSON
 schemas, which are otherwise not enforced: a missing argument is the tool's business.
-*Taught in notebooks/08.*
+*Taught in notebooks/04.*
 """
 
 import json
