@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import write_tiny
 
@@ -16,11 +16,6 @@ from flashmoe_ref.experts import experts_in_place
 from flashmoe_ref.streaming import ExpertStore, LruSlots, read_exactly
 
 N_EXPERTS, K = 8, 3
-ENGINES = (
-    {"engine": "numpy"},
-    {"engine": "numpy", "compiled": False},
-    {"engine": "mlx"},
-)
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +26,6 @@ def tiny(tmp_path_factory):
     folder = write_tiny(tmp_path_factory.mktemp("m"), n_shards=2)
     pack(folder, progress=False)
     return folder
-
-
-@pytest.fixture(
-    params=ENGINES, ids=lambda options: "-".join(map(str, options.values()))
-)
-def engine(request):
-    return request.param
 
 
 def run(model, prompt, n_decode, chunk):
@@ -53,11 +41,7 @@ def run(model, prompt, n_decode, chunk):
     return np.concatenate(rows)
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # engine is constant
-)
+@settings(max_examples=25, deadline=None)
 @given(
     source=st.sampled_from(["stream", "packed"]),
     slots=st.sampled_from([None, *range(K, N_EXPERTS + 1)]),
