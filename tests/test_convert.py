@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import TEXT_CONFIG, write_tiny
 
-from flashmoe_ref import convert as convert_module
 from flashmoe_ref import writing
 from flashmoe_ref.checkpoint import Checkpoint
 from flashmoe_ref.convert import convert
@@ -216,7 +215,7 @@ def test_shards_keep_below_the_limit(tmp_path, shard_bytes):
     assert len(index["weight_map"]) == len(all_tensors(ours))
 
 
-# ---- requantize ------------------------------------------------------------------------
+# ---- requantize ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["mlx", "minmax", "least_squares"])
@@ -273,7 +272,7 @@ def test_requantize_can_differ_by_layer_and_projection(tmp_path):
     assert n_kept < checkpoint.n_bytes
 
 
-# ---- refusals --------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------
 
 
 def test_refuses_bad_settings(tmp_path):
@@ -326,9 +325,9 @@ def test_refuses_to_mix_sources_or_settings(tmp_path):
     other = hf_source(tmp_path / "other", seed=1)  # same names, sizes and places
     target = convert(source, tmp_path / "out", progress=False)
     before = {p.name: p.read_bytes() for p in target.iterdir()}
-    with pytest.raises(PackError, match="another source or other settings .settings"):
+    with pytest.raises(PackError, match=r"other settings \(settings differ"):
         convert(source, target, bits=2, progress=False)
-    with pytest.raises(PackError, match="another source or other settings .source"):
+    with pytest.raises(PackError, match=r"other settings \(source differ"):
         convert(other, target, progress=False)
     convert(source, target, progress=False)  # the same again is no error
     assert before == {p.name: p.read_bytes() for p in target.iterdir()}
@@ -338,7 +337,7 @@ def test_needs_space(tmp_path, monkeypatch):
     source = hf_source(tmp_path / "hf")
     usage = shutil.disk_usage(tmp_path)._replace(free=50_000_000)
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(PackError, match="needs 0.1 GB, the disk has 0.1 GB free"):
+    with pytest.raises(PackError, match=r"needs 0\.1 GB, the disk has 0\.1 GB free"):
         convert(source, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
@@ -383,20 +382,24 @@ def test_two_processes_cannot_write_to_one_folder(tmp_path):
     assert not (target / writing.LOCK_NAME).exists()
 
 
-# ---- memory ----------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------
 
 MEASURE = """
-import resource, sys
+import re, sys
+from flashmoe_ref import shards
 from flashmoe_ref.convert import convert
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+shards.N_WORKERS = 2  # each holds a block or two
+# Not ru_maxrss: that starts from what the parent process had.
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
 convert(sys.argv[1], sys.argv[2], progress=False)
-print(peak() - before)
+print((peak() - before) * 1024)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded(tmp_path):
-    """One tensor of 134 MB and one of 67 MB, in less memory than either."""
+    """270 MB, of which one tensor has 134 MB: in a small part of that."""
     source = tmp_path / "big"
     wide = {
         "num_hidden_layers": 1,
@@ -411,9 +414,7 @@ def test_memory_is_bounded(tmp_path):
     assert n_bytes > 250e6
     command = [sys.executable, "-c", MEASURE, source, tmp_path / "out"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    n_workers = convert_module.write_shards.__globals__["N_WORKERS"]
-    n_blocks = 2 * (n_workers + 1)  # source blocks in flight, and as much for the work
-    assert int(result.stdout) < 20e6 + n_blocks * convert_module.BLOCK_BYTES, n_bytes
+    assert int(result.stdout) < 80e6, f"{int(result.stdout) / 1e6:.0f} MB"
 
 
 def _write_big(folder: Path, text: dict) -> None:
