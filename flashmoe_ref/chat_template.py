@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flashmoe_ref.errors import TokenizerError
+from .errors import TokenizerError
 
 THINK, THINK_END = "<think>", "</think>"
 

@@ -13,14 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flashmoe_ref.chat_template import (
+from .chat_template import (
     ChatTemplate,
     map_strings,
     prepare_message,
     unused_character,
 )
-from flashmoe_ref.errors import TokenizerError
-from flashmoe_ref.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from .errors import TokenizerError
+from .tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from flashmoe_ref.errors import TokenizerError
+from .errors import TokenizerError
 
 LFS_POINTER = b"version https://git-lfs"  # the first bytes of an undownloaded file
 
