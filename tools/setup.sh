@@ -59,8 +59,8 @@ case $list in
     *) say "unknown list $list: one of run, lab, test" ; exit 1 ;;
 esac
 
-say "installing packages into $venv (the first time, this downloads some)"
-if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+say "installing packages into $venv (downloads; may take minutes)"
+if ! "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
     --editable "$target"; then
     say "pip could not install them (see above); it needs to reach PyPI." \
         "'make clean' starts afresh."

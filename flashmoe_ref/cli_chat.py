@@ -1,0 +1,148 @@
+"""The conversation of `flashmoe chat`: lines in, answers out, tool calls by hand.
+
+Nothing that a model writes is ever executed: a call is shown, and the person at the
+keyboard types what the tool would answer. **But:** one line is one message.
+*Taught in notebooks/13.*
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .errors import ConfigError
+from .generation import ChatSession
+from .toolcalls import ToolCall, ToolCallParser
+
+Say = Callable[..., None]
+MAX_FAULTY = 2  # answers with nothing but faulty calls that get their error back
+
+
+def read_tools(path: Path) -> list[dict]:
+    """Read a JSON list of tool schemas, as OpenAI's and Qwen's interfaces take them.
+
+    Raises: ConfigError naming the file and what is wrong with it.
+    """
+    try:
+        tools = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(tools, list) or not tools:
+        raise ConfigError(f"{path}: must hold a JSON list of tool schemas")
+    for number, tool in enumerate(tools, 1):
+        if not isinstance(_function(tool).get("name"), str):
+            raise ConfigError(
+                f"{path}: tool {number} has no name; a tool is "
+                '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+            )
+    return tools
+
+
+def _function(tool: object) -> dict:
+    function = tool.get("function", tool) if isinstance(tool, dict) else {}
+    return function if isinstance(function, dict) else {}
+
+
+def converse(
+    session: ChatSession, max_tokens: int | None, say: Say, note: Callable[[str], None]
+) -> None:
+    """Hold a conversation until the input ends or /quit; the session remembers it."""
+    while (line := _ask("you> ")) is not None:
+        command = line.strip()
+        if command == "/quit":
+            return
+        if command == "/report":
+            note(str(session.model.report()))
+        elif command == "/new":
+            session = _begin_again(session)
+            note("a new conversation")
+        elif command.startswith("/"):
+            note(f"{command} is not a command: /report  /new  /quit")
+        elif command:
+            _answer(session, session.say(line, max_tokens), max_tokens, say, note)
+
+
+def _begin_again(session: ChatSession) -> ChatSession:
+    has_system = session.messages[:1] and session.messages[0]["role"] == "system"
+    system = session.messages[0]["content"] if has_system else None
+    return ChatSession(
+        session.model, system, session.tools, session.enable_thinking, session.sampling
+    )
+
+
+def _answer(
+    session: ChatSession,
+    pieces: Iterable[str],
+    max_tokens: int | None,
+    say: Say,
+    note: Callable[[str], None],
+) -> None:
+    """Show an answer; while it asks for tools, get their results and go on."""
+    _show(pieces, session.tools, say)
+    n_faulty = 0
+    while session.tool_calls:
+        n_faulty = n_faulty + 1 if all(c.error for c in session.tool_calls) else 0
+        if n_faulty > MAX_FAULTY:
+            note(f"{n_faulty} faulty answers in a row: say something else")
+            return
+        results = []
+        for call in session.tool_calls:
+            result = _result_of(call, note)
+            if result is None:  # the input has ended
+                return
+            results.append(result)
+        _show(session.answer_tools(results, max_tokens), session.tools, say)
+
+
+def _show(pieces: Iterable[str], tools: list[dict] | None, say: Say) -> None:
+    """Print text as it comes, and calls in a readable form when they are complete."""
+    parser = ToolCallParser(tools)
+    at_line_start = True
+    try:
+        for piece in pieces:
+            for event in parser.feed(piece):
+                at_line_start = _show_event(event, at_line_start, say)
+        for event in parser.flush():
+            at_line_start = _show_event(event, at_line_start, say)
+    finally:
+        if not at_line_start:
+            say("")
+
+
+def _show_event(event: str | ToolCall, at_line_start: bool, say: Say) -> bool:
+    if isinstance(event, str):
+        say(event, end="")
+        return event.endswith("\n")
+    say(("" if at_line_start else "\n") + f"[call] {readable_call(event)}")
+    return True
+
+
+def readable_call(call: ToolCall) -> str:
+    """A call on one line, for example get_weather(city="Oslo", days=3)."""
+    arguments = ", ".join(
+        f"{name}={json.dumps(value, ensure_ascii=False)}"
+        for name, value in call.arguments.items()
+    )
+    text = f"{call.name or '?'}({arguments})"
+    return f"{text}  -- faulty: {call.error}" if call.error else text
+
+
+def _result_of(call: ToolCall, note: Callable[[str], None]) -> str | None:
+    """What the tool answers, typed by the user; a faulty call gets its error back."""
+    if call.error:
+        note(f"[{call.name or '?'} gets] error: {call.error}")
+        return f"error: {call.error}"
+    return _ask(f"result of {call.name}> ")
+
+
+def _ask(prompt: str) -> str | None:
+    """One line from the user, or None at the end of the input."""
+    if sys.stdin.isatty():
+        try:
+            return input(prompt)
+        except EOFError:
+            return None
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
