@@ -8,7 +8,7 @@ import pytest
 from comparing import assert_close, assert_same_choices, first_difference, in_steps
 from comparing import hidden_states as our_hidden_states
 
-from conftest import GOLDEN, read_golden
+from conftest import END_ID, GOLDEN, read_golden
 from flashmoe_ref import load
 from flashmoe_ref.convert import convert
 
@@ -127,6 +127,21 @@ def test_hidden_states_of_mlx_lm_are_those_that_it_computes_with(peer):
     last = inner.model.norm(mx.array(their_hidden_states(theirs, ids)[-1:]))
     got = np.array(inner.lm_head(last)[0])
     np.testing.assert_array_equal(got, their_steps(theirs, ids, [len(ids)]))
+
+
+def test_prompt_longer_than_any_buffer(mlx4, engine):
+    """More tokens than a prefill chunk (512), and than the first KV cache (256)."""
+    # With this seed no router has to choose between experts closer than 9e-4.
+    ids = np.random.default_rng(0).integers(0, END_ID, 600)
+    n_prompt = 590
+    sizes = [n_prompt] + [1] * (len(ids) - n_prompt)
+    wanted = their_steps(load_in_float32(mlx4), ids, sizes)
+    with load(mlx4, **engine) as ours:
+        state = ours.new_state()
+        got = ours.prefill(ids[:n_prompt], state, all_logits=True)
+        assert_close(got, wanted[:n_prompt], "long prefill")
+        got = np.stack([ours.decode(int(token), state) for token in ids[n_prompt:]])
+        assert_close(got, wanted[n_prompt:], "decode after it")
 
 
 def greedy_by_mlx_lm(model, prompt: list[int], n_tokens: int) -> list[int]:
