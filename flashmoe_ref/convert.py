@@ -104,7 +104,9 @@ def convert(
         raise ConfigError(
             f"{source}: is quantized already; use 'flashmoe requantize' to change bits"
         )
-    settings = Settings(bits, dense_bits or bits, group_size, shard_bytes)
+    dense_bits = bits if dense_bits is None else dense_bits
+    settings = Settings(bits, dense_bits, group_size, shard_bytes)
+    _check_group_size(checkpoint, group_size)
     modules, widths = _plan_modules(checkpoint, settings)
     config = converted_config(checkpoint, read_json(source / "config.json"))
     config = with_quantization(config, (bits, group_size), widths)
@@ -125,6 +127,17 @@ def check_settings(bits: int, group_size: int, shard_bytes: int) -> None:
         )
     if shard_bytes < 1:
         raise ConfigError(f"a shard size of {shard_bytes} bytes is too small")
+
+
+def _check_group_size(checkpoint: Checkpoint, group_size: int) -> None:
+    # DIFFERS: mlx-lm would leave such experts unquantized.
+    config = checkpoint.config
+    for n_in in (config.hidden_size, config.moe_intermediate_size):
+        if n_in % group_size:
+            raise ConfigError(
+                f"{checkpoint.path}: experts have rows of {n_in} weights, which groups "
+                f"of {group_size} do not divide; give a smaller group size"
+            )
 
 
 def write_model(

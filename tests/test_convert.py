@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 from tiny import TEXT_CONFIG, write_tiny
 
 from flashmoe_ref import writing
-from flashmoe_ref.checkpoint import Checkpoint
-from flashmoe_ref.convert import convert
+from flashmoe_ref.checkpoint import ZERO_CENTRED, Checkpoint
+from flashmoe_ref.convert import convert, target_name
 from flashmoe_ref.errors import CheckpointError, ConfigError, PackError
+from flashmoe_ref.headers import read_tensor
 from flashmoe_ref.quantize import quantize
 from flashmoe_ref.requantize import plan_requantized, requantize
 
@@ -215,6 +216,32 @@ def test_shards_keep_below_the_limit(tmp_path, shard_bytes):
     assert len(index["weight_map"]) == len(all_tensors(ours))
 
 
+def test_float_checkpoint_in_mlx_layout(tmp_path):
+    """What `mlx_lm.convert` writes without quantizing: norms are folded already."""
+    source = hf_source(tmp_path / "hf", n_shards=1)
+    wanted = all_tensors(convert(source, tmp_path / "wanted", progress=False))
+    checkpoint = Checkpoint.open(source)
+    tensors = {}
+    for name, info in checkpoint.tensors.items():
+        path = target_name(checkpoint.config, name)
+        array = read_tensor(info)
+        if name.endswith("conv1d.weight"):
+            array = np.moveaxis(array, 2, 1).copy()
+        elif ZERO_CENTRED.search(name.removesuffix(".weight")):
+            array = array + array.dtype.type(1)
+        if name.endswith("gate_up_proj"):
+            stem = path.removesuffix("gate_up_proj")
+            half = array.shape[1] // 2
+            tensors[f"{stem}gate_proj.weight"] = array[:, :half].copy()
+            tensors[f"{stem}up_proj.weight"] = array[:, half:].copy()
+        else:
+            suffix = ".weight" if name.endswith("experts.down_proj") else ""
+            tensors[path + suffix] = array
+    save_file(tensors, source / "model.safetensors")
+    ours = convert(source, tmp_path / "ours", progress=False)
+    assert_same_tensors(all_tensors(ours), wanted)
+
+
 # ---- requantize ----------------------------------------------------------------------
 
 
@@ -281,7 +308,9 @@ def test_refuses_bad_settings(tmp_path):
     cases = [
         lambda t: convert(hf, t, bits=7),
         lambda t: convert(hf, t, dense_bits=1),
+        lambda t: convert(hf, t, dense_bits=0),
         lambda t: convert(hf, t, group_size=48),
+        lambda t: convert(hf, t, group_size=128),
         lambda t: convert(hf, t, shard_bytes=0),
         lambda t: convert(mlx, t),
         lambda t: requantize(hf, t, 2),
