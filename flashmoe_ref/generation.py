@@ -199,8 +199,11 @@ class ChatSession:
             raise
         self._ids = (prompt + answer)[: self._state.n_tokens]
         text = self.model.tokenizer.decode(answer)
+        reasoning, thought, text = text.rpartition("</think>")
         content, self.tool_calls = parse_tool_calls(text, self.tools)
         message = {"role": "assistant", "content": content}
+        if thought:
+            message["reasoning_content"] = reasoning
         if any(call.error for call in self.tool_calls):
             message["content"] = text  # as written: the template could not repeat it
         elif self.tool_calls:
