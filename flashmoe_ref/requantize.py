@@ -53,12 +53,14 @@ def requantize(
     """
     model_dir, target = Path(model_dir), Path(target)
     checkpoint = Checkpoint.open(model_dir)
-    if not all(fmt.quantization for fmt in experts_in_place(checkpoint).formats):
+    formats = experts_in_place(checkpoint).formats
+    if any(len(fmt.quantization) < len(PROJECTIONS) for fmt in formats):
         raise ConfigError(
             f"{model_dir}: its experts are not quantized; use 'flashmoe convert'"
         )
-    old_group = checkpoint.quantization["layers.0.mlp.experts.gate_proj"][1]
-    width = (bits, group_size or old_group)
+    if group_size is None:
+        group_size = formats[0].quantization["gate_proj"][1]
+    width = (bits, group_size)
     check_settings(*width, shard_bytes)
     if rule not in quantize.RULES:
         raise ConfigError(f"rule {rule!r} is unknown; use one of {[*quantize.RULES]}")
@@ -66,7 +68,12 @@ def requantize(
     raw = read_json(model_dir / "config.json")
     raw.pop("vision_config", None)
     config = with_quantization(raw, width, widths)
-    settings = {"bits": bits, "group_size": width[1], "rule": rule}
+    settings = {
+        "bits": bits,
+        "group_size": group_size,
+        "rule": rule,
+        "shard_bytes": shard_bytes,
+    }
     record = {"made_by": "requantize", "settings": settings}
     shards = plan_shards(modules, shard_bytes)
     write_model(checkpoint, target, record, shards, config, progress)

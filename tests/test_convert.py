@@ -315,6 +315,7 @@ def test_refuses_bad_settings(tmp_path):
         lambda t: convert(mlx, t),
         lambda t: requantize(hf, t, 2),
         lambda t: requantize(mlx, t, 7),
+        lambda t: requantize(mlx, t, 2, group_size=0),
         lambda t: requantize(mlx, t, 2, rule="best"),
         lambda t: requantize(mlx, t, 2, group_size=128),
     ]
@@ -356,10 +357,23 @@ def test_refuses_to_mix_sources_or_settings(tmp_path):
     before = {p.name: p.read_bytes() for p in target.iterdir()}
     with pytest.raises(PackError, match=r"other settings \(settings differ"):
         convert(source, target, bits=2, progress=False)
+    with pytest.raises(PackError, match=r"other settings \(settings differ"):
+        convert(source, target, shard_bytes=10_000, progress=False)
     with pytest.raises(PackError, match=r"other settings \(source differ"):
         convert(other, target, progress=False)
     convert(source, target, progress=False)  # the same again is no error
     assert before == {p.name: p.read_bytes() for p in target.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bits": 3}, {"group_size": 64}, {"rule": "minmax"}, {"shard_bytes": 10_000}],
+)
+def test_requantize_refuses_to_mix_settings(tmp_path, change):
+    source = write_tiny(tmp_path / "m")
+    requantize(source, tmp_path / "m2", 2, progress=False)
+    with pytest.raises(PackError, match="settings differ"):
+        requantize(source, tmp_path / "m2", **{"bits": 2} | change, progress=False)
 
 
 def test_needs_space(tmp_path, monkeypatch):
