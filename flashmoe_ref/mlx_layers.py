@@ -8,7 +8,9 @@ float32 everywhere: norms, decay, delta states, router.
 *Taught in notebooks/04.*
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -145,6 +147,7 @@ def linears(x: mx.array, stack: Stack) -> list[mx.array]:
     return outputs
 
 
+@partial(mx.compile, shapeless=True)
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """Scale each row to unit root mean square, then by weight (n,) float32."""
     return mx.fast.rms_norm(x.astype(mx.float32), weight, eps).astype(x.dtype)
@@ -353,6 +356,21 @@ def gated_delta_net(
     z = z.reshape(t, n_heads, dv).astype(mx.float32)
     gated = rms_norm(o, w["norm"], eps) * silu(z)
     return linear(gated.reshape(t, -1).astype(h.dtype), w["out_proj"])
+
+
+def compile_step(w: dict, n_key_heads: int, eps: float) -> Callable:
+    """gated_delta_net of one layer as (h, conv, s) -> (y, conv, s), traced once.
+
+    A token is a few dozen small operations, whose price is mostly that of starting
+    them; mx.compile fuses some and saves Python the building of the graph each time.
+    """
+
+    def step(h: mx.array, conv: mx.array, s: mx.array) -> tuple[mx.array, ...]:
+        state = DeltaState(conv, s)
+        y = gated_delta_net(h, w, state, n_key_heads, eps)
+        return y, state.conv, state.s
+
+    return mx.compile(step)
 
 
 # --- Mixture of Experts ---------------------------------------------------------------

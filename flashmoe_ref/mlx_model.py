@@ -36,6 +36,7 @@ from .numpy_model import NORMS, PROJECTIONS, VECTORS, State, check_ids
 from .streaming import ExpertStore, SlotBank
 
 BLOCK_BYTES = 1 << 26  # rows and widened weights of a prompt's experts at a time
+COPY_BYTES = 1 << 22  # converting less than this is cheaper than to sort out the slots
 
 # name of a stack -> the matrices that the same input is multiplied by
 STACKS = {
@@ -139,6 +140,8 @@ class MlxModel:
         mx.eval(self.periods, self.norm, self.embed_tokens.arrays, self.lm_head.arrays)
         n_layers = range(config.num_hidden_layers)
         self.layers = [load_layer(checkpoint, layer) for layer in n_layers]
+        step = (config.linear_num_key_heads, config.rms_norm_eps)
+        self.steps = [layers.compile_step(w, *step) for w in self.layers]
         self.experts = [bank_matrices(store.bank(layer)) for layer in n_layers]
 
     def new_state(self) -> State:
@@ -184,12 +187,17 @@ class MlxModel:
         h = layers.rms_norm(x, w["input_layernorm"], eps)
         x = x + self.mix(layer, h, state)
         h = layers.rms_norm(x, w["post_attention_layernorm"], eps)
-        return x + self.moe(layer, h)
+        x = x + self.moe(layer, h)
+        mx.async_eval(x)  # MLX computes it while Python builds the next layer's graph
+        return x
 
     def mix(self, layer: int, h: mx.array, state: State) -> mx.array:
         """Gated DeltaNet or gated attention. Shapes: h (T, D) -> (T, D)."""
         c, w, own = self.config, self.layers[layer], state.layers[layer]
         if c.is_linear(layer):
+            if len(h) == 1:
+                y, own.conv, own.s = self.steps[layer](h, own.conv, own.s)
+                return y
             heads = c.linear_num_key_heads
             return layers.gated_delta_net(h, w, own, heads, c.rms_norm_eps)
         return layers.gated_attention(h, w, own, self.periods, c.rms_norm_eps)
@@ -218,7 +226,9 @@ class MlxModel:
     ) -> mx.array:
         """Weighted sum of K experts, best first. Shapes: h (1, D) -> (1, D)."""
         experts, index = self.experts[layer], mx.array(slots, mx.uint32)
-        if must_widen(experts, h.dtype) and self.store.capacity > 4 * len(slots):
+        if widened_bytes(experts, h.dtype) > COPY_BYTES and self.store.capacity > len(
+            slots
+        ):
             # MLX would widen the whole bank; a copy of the slots in use is cheaper.
             experts = {name: matrix[index] for name, matrix in experts.items()}
             index = mx.arange(len(slots), dtype=mx.uint32)
@@ -259,9 +269,9 @@ class MlxModel:
         k, slots = slots.shape[1], slots.ravel()
         places = np.argsort(slots, kind="stable")[np.sum(slots < 0) :]
         slots = slots[places]
-        row_bytes, slot_bytes = 3 * h.dtype.size * h.shape[1], 0
-        if must_widen(self.experts[layer], h.dtype):
-            slot_bytes = 2 * self.store.bank(layer).format.n_bytes
+        row_bytes = 3 * h.dtype.size * h.shape[1]  # input, output, what is between
+        bank_bytes = widened_bytes(self.experts[layer], h.dtype)
+        slot_bytes = bank_bytes // self.store.capacity
         for rows in blocks(slots, row_bytes, slot_bytes):
             first, last = slots[rows.start], slots[rows.stop - 1] + 1
             # slices share memory with the bank
@@ -294,9 +304,13 @@ def bank_matrices(bank: SlotBank) -> dict[str, Matrix]:
     return matrices
 
 
-def must_widen(experts: dict[str, Matrix], dtype: mx.Dtype) -> bool:
-    """Whether MLX would first convert stored floats to the dtype of activations."""
-    return any(matrix.dtype != dtype for matrix in experts.values())
+def widened_bytes(experts: dict[str, Matrix], dtype: mx.Dtype) -> int:
+    """Bytes of the float arrays that MLX first converts to the dtype of activations.
+
+    None on a GPU with a bfloat16 checkpoint; on the CPU weights or scales in 16 bits.
+    """
+    floats = [a for m in experts.values() for a in m.arrays if a.dtype != mx.uint32]
+    return sum(a.size * dtype.size for a in floats if a.dtype != dtype)
 
 
 def blocks(slots: np.ndarray, row_bytes: int, slot_bytes: int) -> Iterator[slice]:
