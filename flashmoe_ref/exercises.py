@@ -1,0 +1,102 @@
+"""The exercises of the lessons: `check` says how far a reader's function is.
+
+It prints and never raises, so that a notebook with untouched exercises runs through.
+**But:** tries a handful of cases; the notebooks' folded solutions are tested.
+*Used in all notebooks.*
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .accounting import count_parameters, expert_bytes
+from .config import PRESETS
+
+BIG = PRESETS["qwen3.5-397b-a17b"]
+MIDDLE = PRESETS["qwen3.5-122b-a10b"]
+RELATIVE = 1e-6  # difference that counts as equal
+
+
+def check(name: str, function: Callable) -> None:
+    """Try a function on the cases of an exercise and print the verdict."""
+    print(f"Exercise {name}: {_verdict(name, function)}")
+
+
+def _verdict(name: str, function: Callable) -> str:
+    if name not in CASES:
+        return f"no exercise of this name; there are {', '.join(CASES)}"
+    for arguments, expected in CASES[name]():
+        try:
+            got = function(*arguments)
+        except Exception as error:
+            return f"not right yet: {type(error).__name__}: {error}"
+        if got is None:
+            return "not attempted"
+        if not _equal(got, expected):
+            return f"not right yet: got {_short(got)}, expected {_short(expected)}"
+    return "correct"
+
+
+def _equal(got: object, expected: object) -> bool:
+    try:
+        got, expected = np.asarray(got, float), np.asarray(expected, float)
+    except (TypeError, ValueError):
+        return bool(got == expected)
+    return got.shape == expected.shape and np.allclose(got, expected, rtol=RELATIVE)
+
+
+def _short(value: object) -> str:
+    text = f"{value:,}" if isinstance(value, int | float) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- cases: arguments and the expected result -----------------------------------------
+
+Cases = list[tuple[tuple, object]]
+
+
+def _bytes_per_token() -> Cases:
+    return [
+        ((config, k, bits), config.num_hidden_layers * k * expert_bytes(config, bits))
+        for config, k, bits in ((BIG, 10, 4), (BIG, 4, 2), (MIDDLE, 8, 8))
+    ]
+
+
+def _seconds_per_token() -> Cases:
+    return [
+        ((1.7e9, 0.0, 17.5), 1.7e9 / 17.5e9),
+        ((1.7e9, 0.71, 5.5), 1.7e9 * 0.29 / 5.5e9),
+        ((4.25e9, 1.0, 3.0), 0.0),
+    ]
+
+
+def _active_parameters() -> Cases:
+    return [
+        ((config, k), count_parameters(config).active(k))
+        for config, k in ((BIG, 10), (BIG, 4), (MIDDLE, 8))
+    ]
+
+
+def _greedy() -> Cases:
+    class Counting:
+        """Stands for a model: the next token is always one more than the last."""
+
+        def new_state(self) -> list:
+            return []
+
+        def prefill(self, ids: list[int], state: list) -> np.ndarray:
+            state.extend(ids)
+            return np.eye(16)[(ids[-1] + 1) % 16]
+
+        def decode(self, token: int, state: list) -> np.ndarray:
+            return self.prefill([token], state)
+
+    return [((Counting(), [1, 2], 3), [3, 4, 5]), ((Counting(), [9], 1), [10])]
+
+
+CASES = {
+    "0.1": _bytes_per_token,
+    "0.2": _seconds_per_token,
+    "4.1": _active_parameters,
+    "4.2": _greedy,
+}

@@ -1,0 +1,72 @@
+"""Solutions of the exercises are right, and a notebook runs with them in place."""
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOLUTION = re.compile(r"```python\n# solution: (\S+)\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_solutions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = nbformat.read(path, 4)
+    prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    solutions = dict(SOLUTION.findall(prose))
+    exercises = {
+        cell.id: cell
+        for cell in notebook.cells
+        if "exercise" in cell.metadata.get("tags", [])
+    }
+    assert len(exercises) >= 2
+    assert set(solutions) == set(exercises)
+    before = _verdicts(notebook)
+    assert before and all("not attempted" in verdict for verdict in before)
+    for name, cell in exercises.items():
+        cell.source = solutions[name]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources=resources
+    ).execute()
+    after = _verdicts(notebook)
+    assert len(after) == len(before)
+    assert all(": correct" in verdict for verdict in after), after
+
+
+def _verdicts(notebook: nbformat.NotebookNode) -> list[str]:
+    """What the cells that check an exercise print."""
+    return [
+        "".join(output.get("text", "") for output in cell.outputs)
+        for cell in notebook.cells
+        if cell.cell_type == "code" and cell.source.startswith("check(")
+    ]
+
+
+def test_check_never_raises(capsys: pytest.CaptureFixture) -> None:
+    from flashmoe_ref.exercises import check
+
+    def wrong(*args: object) -> int:
+        return -1
+
+    def broken(*args: object) -> int:
+        raise KeyError("oops")
+
+    for function, verdict in (
+        (lambda *args: None, "not attempted"),
+        (wrong, "not right yet"),
+        (broken, "KeyError"),
+    ):
+        check("0.1", function)
+        assert verdict in capsys.readouterr().out
+    check("99.9", wrong)
+    assert "no exercise" in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
