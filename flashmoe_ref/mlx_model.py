@@ -31,7 +31,8 @@ from . import mlx_layers as layers
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import ConfigError
-from .mlx_layers import AttentionState, DeltaState, Matrix
+from .mlx_layers import AttentionState, DeltaState
+from .mlx_weights import Matrix, linear, to_matrix, to_stack, widen
 from .numpy_model import NORMS, PROJECTIONS, VECTORS, State, check_ids
 from .streaming import ExpertStore, SlotBank
 
@@ -99,9 +100,9 @@ def load_layer(checkpoint: Checkpoint, layer: int) -> dict:
     stem = f"layers.{layer}"
     w = {}
     for name, parts in (STACKS[kind] | STACKS["mlp"]).items():
-        w[name] = layers.to_stack([checkpoint.module(f"{stem}.{p}") for p in parts])
+        w[name] = to_stack([checkpoint.module(f"{stem}.{p}") for p in parts])
     for name, module in (MATRICES[kind] | MATRICES["mlp"]).items():
-        w[name] = layers.to_matrix(checkpoint.module(f"{stem}.{module}"))
+        w[name] = to_matrix(checkpoint.module(f"{stem}.{module}"))
     for name in VECTORS[kind] + list(NORMS):
         w[name.rsplit(".", 1)[-1]] = mx.array(checkpoint.vector(f"{stem}.{name}"))
     if kind == "linear_attention":
@@ -130,19 +131,24 @@ class MlxModel:
         self.dtype = mx.float32 if on_cpu else mx.bfloat16  # of activations
         self.periods = layers.rope_periods(config.rotary_dim, config.rope_theta)
         # The largest first: each is in memory twice while it is copied.
-        self.embed_tokens = layers.to_matrix(checkpoint.module("embed_tokens"))
+        self.embed_tokens = to_matrix(checkpoint.module("embed_tokens"))
         self.lm_head = (
             self.embed_tokens
             if config.tie_word_embeddings
-            else layers.to_matrix(checkpoint.module("lm_head"))
+            else to_matrix(checkpoint.module("lm_head"))
         )
         self.norm = mx.array(checkpoint.vector("norm"))
         mx.eval(self.periods, self.norm, self.embed_tokens.arrays, self.lm_head.arrays)
         n_layers = range(config.num_hidden_layers)
         self.layers = [load_layer(checkpoint, layer) for layer in n_layers]
         step = (config.linear_num_key_heads, config.rms_norm_eps)
-        self.steps = [layers.compile_step(w, *step) for w in self.layers]
+        self.steps = {  # of the Gated DeltaNet layers
+            layer: layers.compile_step(self.layers[layer], *step)
+            for layer in n_layers
+            if config.is_linear(layer)
+        }
         self.experts = [bank_matrices(store.bank(layer)) for layer in n_layers]
+        self.widened_bytes = [widened_bytes(e, self.dtype) for e in self.experts]
 
     def new_state(self) -> State:
         """The state before the first token."""
@@ -174,12 +180,13 @@ class MlxModel:
             x = self.layer(layer, x, state)
         state.n_tokens += len(ids)
         logits = self.logits(x if all_logits else x[-1:])
-        logits = self.wait(logits, [layer.arrays for layer in state.layers])
+        self.wait(logits, [layer.arrays for layer in state.layers])
+        logits = np.array(logits, copy=False)
         return logits if all_logits else logits[0]
 
     def embed(self, ids: np.ndarray) -> mx.array:
         """Look tokens up. Shapes: ids (T,) -> (T, D)."""
-        return layers.widen(self.embed_tokens[mx.array(ids)], self.dtype)
+        return widen(self.embed_tokens[mx.array(ids)], self.dtype)
 
     def layer(self, layer: int, x: mx.array, state: State) -> mx.array:
         """One block: mix over time, then over experts. Shapes: x (T, D) -> (T, D)."""
@@ -209,12 +216,13 @@ class MlxModel:
         reference's own function, so that both engines order experts alike.
         """
         w = self.layers[layer]
-        router_logits = layers.linear(h.astype(mx.float32), w["gate"])
+        router_logits = linear(h.astype(mx.float32), w["gate"])
         mx.async_eval(router_logits)
         shared = layers.shared_expert(h, w)
         mx.async_eval(shared)  # queued behind the logits, which do not wait for it
+        self.wait(router_logits)
         experts, weights = reference.route_topk(
-            self.wait(router_logits), self.config.num_experts_per_tok
+            np.array(router_logits, copy=False), self.config.num_experts_per_tok
         )
         if len(h) > 1:
             return self.experts_of_prompt(layer, h, experts, weights) + shared
@@ -226,9 +234,7 @@ class MlxModel:
     ) -> mx.array:
         """Weighted sum of K experts, best first. Shapes: h (1, D) -> (1, D)."""
         experts, index = self.experts[layer], mx.array(slots, mx.uint32)
-        if widened_bytes(experts, h.dtype) > COPY_BYTES and self.store.capacity > len(
-            slots
-        ):
+        if self.widened_bytes[layer] > COPY_BYTES and self.store.capacity > len(slots):
             # MLX would widen the whole bank; a copy of the slots in use is cheaper.
             experts = {name: matrix[index] for name, matrix in experts.items()}
             index = mx.arange(len(slots), dtype=mx.uint32)
@@ -270,8 +276,7 @@ class MlxModel:
         places = np.argsort(slots, kind="stable")[np.sum(slots < 0) :]
         slots = slots[places]
         row_bytes = 3 * h.dtype.size * h.shape[1]  # input, output, what is between
-        bank_bytes = widened_bytes(self.experts[layer], h.dtype)
-        slot_bytes = bank_bytes // self.store.capacity
+        slot_bytes = self.widened_bytes[layer] // self.store.capacity
         for rows in blocks(slots, row_bytes, slot_bytes):
             first, last = slots[rows.start], slots[rows.stop - 1] + 1
             # slices share memory with the bank
@@ -285,13 +290,12 @@ class MlxModel:
     def logits(self, x: mx.array) -> mx.array:
         """Scores of the next token, float32. Shapes: x (T, D) -> (T, V)."""
         h = layers.rms_norm(x, self.norm, self.config.rms_norm_eps)
-        return layers.linear(h, self.lm_head).astype(mx.float32)
+        return linear(h, self.lm_head).astype(mx.float32)
 
-    def wait(self, array: mx.array, *others: object) -> np.ndarray:
-        """Compute arrays now. Returns the first, which must not be bfloat16."""
+    def wait(self, *arrays: mx.array | list) -> None:
+        """Let Python stand still until MLX has computed arrays."""
         self.n_syncs += 1
-        mx.eval(array, *others)
-        return np.array(array, copy=False)
+        mx.eval(*arrays)
 
 
 def bank_matrices(bank: SlotBank) -> dict[str, Matrix]:
