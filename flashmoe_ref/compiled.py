@@ -1,0 +1,121 @@
+"""How kernels are compiled: once a machine, kept on disk, discarded when code changes.
+
+Numba's own cache compares a kernel with the date of its file alone, so a change in a
+file that the kernel calls into goes unnoticed. Here the cache folder is named by a
+digest of all kernel files instead. It lies beside the package, or in the user's cache
+where that cannot be written, or in NUMBA_CACHE_DIR where that is set.
+**But:** if no folder can be written, kernels are compiled again in each process.
+*Taught in notebooks/05.*
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+
+import numba
+from numba.core.event import Event, Listener, register
+
+KERNEL_FILES = (
+    "compiled.py",
+    "vectors.py",
+    "kernels.py",
+    "prompt_kernels.py",
+    "steps.py",
+)
+
+# Sums may be reordered, or they could not become vectors, and fused with products.
+# NaN, infinity and division keep their meaning.
+FAST = {"reassoc", "contract", "nsz"}
+EXACT: set[str] = set()  # every operation rounds as written, as in NumPy
+
+
+def _candidates() -> list[Path]:
+    if os.environ.get("NUMBA_CACHE_DIR"):
+        return [Path(os.environ["NUMBA_CACHE_DIR"])]
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    beside = Path(__file__).parent / "__pycache__"
+    return [beside / "kernels", Path(user_cache) / "flashmoe_ref" / "kernels"]
+
+
+def _cache_folder() -> Path | None:
+    """A writable folder for exactly this code, made if need be; older ones go."""
+    here = Path(__file__).parent
+    sources = [(here / name).read_bytes() for name in KERNEL_FILES]
+    digest = hashlib.sha256(b"\0".join(sources)).hexdigest()[:12]
+    for parent in _candidates():
+        folder = parent / f"flashmoe-{digest}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # raises if not writable
+        except OSError:
+            continue
+        for other in parent.glob("flashmoe-*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        return folder
+    return None
+
+
+CACHE_FOLDER = _cache_folder()
+
+
+def compiled(
+    function: Callable, fastmath: set[str] = FAST, **options: bool
+) -> Callable:
+    """Compile a function on its first call with arguments of new types.
+
+    Division by zero gives infinity, as in NumPy, and other threads may run meanwhile.
+    """
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(CACHE_FOLDER or "")
+    try:
+        return numba.njit(
+            fastmath=fastmath,
+            error_model="numpy",
+            nogil=True,
+            cache=CACHE_FOLDER is not None,
+            **options,
+        )(function)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def fused(function: Callable) -> Callable:
+    """`compiled`, with multiply-add but every sum in the order that is written."""
+    return compiled(function, {"contract"})
+
+
+def exactly(function: Callable) -> Callable:
+    """`compiled`, but with every operation rounded as written."""
+    return compiled(function, EXACT)
+
+
+def serial_and_parallel(function: Callable) -> tuple[Callable, Callable]:
+    """Compile a function twice: its `prange` loops in one thread, or shared by all."""
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__)
+    copy.__qualname__ = function.__qualname__ + "_parallel"  # names its cache file
+    return compiled(function), compiled(copy, parallel=True)
+
+
+def announce_compiling(notify: Callable[[str], None]) -> None:
+    """Call notify with one line, once, if a kernel has to be compiled from now on."""
+    register("numba:compile", _FirstCompile(notify))
+
+
+class _FirstCompile(Listener):
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self.notify = notify
+
+    def on_start(self, event: Event) -> None:
+        """A function is not in the cache: Numba begins to compile it."""
+        function = event.data["dispatcher"].py_func
+        if self.notify and function.__module__.startswith(__package__):
+            self.notify("compiling kernels for this CPU: once, about half a minute ...")
+            self.notify = None
+
+    def on_end(self, event: Event) -> None:
+        """Nothing to say: the model answers."""

@@ -1,0 +1,201 @@
+"""Eight floats at a time: the few vector operations of `kernels.py`, taught to Numba.
+
+Numba turns simple loops into vector code by itself, but not loops over packed integers.
+These operations are LLVM IR on vectors of eight floats, which LLVM maps to what the CPU
+has: one AVX register, or two of NEON.
+
+How weights are unpacked: eight weights fill exactly `bits` bytes, and no weight lies in
+more than two of them. So one byte shuffle brings to each of eight 32-bit lanes the
+bytes that hold its weight, and a mask clears the neighbours in them:
+
+    4 bits    bytes  b0 b1 b2 b3     lanes  b0 b0 b1 b1 b2 b2 b3 b3
+                                     mask   0f f0 0f f0 0f f0 0f f0
+
+A weight is then still too large by a power of two, 1 to 128, that depends on its
+position alone. Shifting it down would cost an instruction for every eight weights of
+every row; dividing x by the same powers of two costs it once, and is exact
+(`position_scale`). What is left is shuffle, mask, convert, multiply-add.
+
+Follows no paper. **But:** no integer dot products, which would need x in 8 bits.
+*Taught in notebooks/05.*
+"""
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic, models, register_model
+
+CHUNK = 32  # weights that `dot32` takes: whole words, whatever the width
+
+_I8, _I32, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
+_FLOAT8, _INT8 = ir.VectorType(_FLOAT, 8), ir.VectorType(_I32, 8)
+_FUSE = ("contract",)  # a product and a sum may become one multiply-add
+
+
+def position_scale(position: int, bits: int) -> float:
+    """What x at this position of its eight is multiplied by: 1 to 1/128."""
+    return 2.0 ** -(position * bits % 8)
+
+
+class _Float8(types.Type):
+    def __init__(self) -> None:
+        super().__init__(name="float8")
+
+
+float8 = _Float8()
+
+
+@register_model(_Float8)
+class _Float8Model(models.PrimitiveModel):
+    def __init__(self, manager: object, numba_type: types.Type) -> None:
+        super().__init__(manager, numba_type, _FLOAT8)
+
+
+# Numba's type checker calls an intrinsic with the types of its arguments; the answer is
+# a signature, and a function that writes the LLVM IR.
+
+
+@intrinsic
+def float_of_bits(_typing, bits):
+    """The float32 whose bits an uint32 holds."""
+
+    def write_ir(_context, builder, _signature, args):
+        return builder.bitcast(args[0], _FLOAT)
+
+    return types.float32(types.uint32), write_ir
+
+
+@intrinsic
+def zero8(_typing):
+    """Eight zeros."""
+
+    def write_ir(_context, _builder, _signature, _args):
+        return ir.Constant(_FLOAT8, [0.0] * 8)
+
+    return float8(), write_ir
+
+
+@intrinsic
+def add_scaled8(_typing, total, vector, factor):
+    """total + vector * factor, for each of eight lanes."""
+
+    def write_ir(_context, builder, _signature, args):
+        total, vector, factor = args
+        return _multiply_add(builder, vector, _splat(builder, factor), total)
+
+    return float8(float8, float8, types.float32), write_ir
+
+
+@intrinsic
+def sum8(_typing, vector):
+    """The sum of eight lanes: 4 + 4, 2 + 2, 1 + 1."""
+
+    def write_ir(_context, builder, _signature, args):
+        (left,) = args
+        for width in (4, 2, 1):
+            halves = [_lanes(range(width)), _lanes(range(width, 2 * width))]
+            low, high = (builder.shuffle_vector(left, left, half) for half in halves)
+            left = builder.fadd(low, high)
+        return builder.extract_element(left, _I32(0))
+
+    return types.float32(float8), write_ir
+
+
+@intrinsic(prefer_literal=True)
+def dot32(_typing, bits, packed, first_byte, x, first, total):
+    """total + the products of 32 packed weights and 32 floats, summed into 8 lanes.
+
+    Shapes: packed (n,) uint8; x (m,) float32, multiplied by `position_scale`; bits is
+    a constant. NOTE: bounds are not checked.
+    """
+    width = bits.literal_value
+
+    def write_ir(context, builder, signature, args):
+        _, packed, first_byte, x, first, total = args
+        _, packed_type, _, x_type, _, _ = signature.args
+        source = _load_packed(context, builder, packed_type, packed, first_byte, width)
+        at = _pointer(context, builder, x_type, x, first)
+        for eight in range(4):
+            q = builder.sitofp(_unpack_eight(builder, source, eight, width), _FLOAT8)
+            values = builder.load(_eight_floats(builder, at, eight), align=4)
+            total = _multiply_add(builder, q, values, total)
+        return total
+
+    integer = types.intp
+    return float8(bits, packed, integer, x, integer, float8), write_ir
+
+
+@intrinsic(prefer_literal=True)
+def decode32(_typing, bits, packed, first_byte, scale, bias, out, first):
+    """Write 32 weights q * scale + bias, each operation rounded, to out[first:].
+
+    Shapes: packed (n,) uint8, out (m,) float32. NOTE: bounds are not checked.
+    """
+    width = bits.literal_value
+
+    def write_ir(context, builder, signature, args):
+        _, packed, first_byte, scale, bias, out, first = args
+        _, packed_type, _, _, _, out_type, _ = signature.args
+        source = _load_packed(context, builder, packed_type, packed, first_byte, width)
+        at = _pointer(context, builder, out_type, out, first)
+        scales, biases = _splat(builder, scale), _splat(builder, bias)
+        shifts = ir.Constant(_INT8, [i * width % 8 for i in range(8)])
+        for eight in range(4):
+            q = builder.lshr(_unpack_eight(builder, source, eight, width), shifts)
+            product = builder.fmul(builder.sitofp(q, _FLOAT8), scales)
+            place = _eight_floats(builder, at, eight)
+            builder.store(builder.fadd(product, biases), place, align=4)
+        return context.get_dummy_value()
+
+    integer, number = types.intp, types.float32
+    return types.void(bits, packed, integer, number, number, out, integer), write_ir
+
+
+# ---- pieces of IR --------------------------------------------------------------------
+
+
+def _unpack_eight(builder, packed, eight, bits):
+    """Eight integer lanes, each a weight << (position * bits % 8)."""
+    n_bytes = packed.type.count
+    zeros = ir.Constant(packed.type, [0] * n_bytes)
+    source, masks = [], []
+    for position in range(8):
+        byte, shift = divmod((8 * eight + position) * bits, 8)
+        second = (
+            byte + 1 if shift + bits > 8 else n_bytes
+        )  # n_bytes: the first of zeros
+        source += [byte, second, n_bytes, n_bytes]
+        masks.append(((1 << bits) - 1) << shift)
+    lanes = builder.shuffle_vector(packed, zeros, _lanes(source))
+    return builder.and_(builder.bitcast(lanes, _INT8), ir.Constant(_INT8, masks))
+
+
+def _load_packed(context, builder, array_type, array, first_byte, bits):
+    """The bytes of 32 weights, whatever the integers that the array is viewed as."""
+    data = _pointer(context, builder, array_type, array, _I32(0))
+    at = builder.gep(builder.bitcast(data, _I8.as_pointer()), [first_byte])
+    vector = ir.VectorType(_I8, CHUNK * bits // 8)
+    return builder.load(builder.bitcast(at, vector.as_pointer()), align=1)
+
+
+def _eight_floats(builder, at, eight):
+    place = builder.gep(at, [_I32(8 * eight)])
+    return builder.bitcast(place, _FLOAT8.as_pointer())
+
+
+def _splat(builder, number):
+    one = builder.insert_element(ir.Constant(_FLOAT8, ir.Undefined), number, _I32(0))
+    return builder.shuffle_vector(one, one, _lanes([0] * 8))
+
+
+def _multiply_add(builder, a, b, c):
+    return builder.fadd(builder.fmul(a, b, flags=_FUSE), c, flags=_FUSE)
+
+
+def _lanes(indices):
+    indices = list(indices)
+    return ir.Constant(ir.VectorType(_I32, len(indices)), indices)
+
+
+def _pointer(context, builder, array_type, array, index):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index])
