@@ -9,6 +9,7 @@ float32 everywhere: norms, decay, delta states, router.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,7 +79,8 @@ class AttentionState:
 
     def copy(self) -> "AttentionState":
         """An independent copy; memory is shared until one of the two goes on."""
-        return AttentionState(mx.array(self.k), mx.array(self.v), self.n)
+        # copy() makes a second name for the same evaluated memory, not a lazy copy.
+        return AttentionState(copy(self.k), copy(self.v), self.n)
 
 
 def _grown(old: mx.array, capacity: int, n: int) -> mx.array:
