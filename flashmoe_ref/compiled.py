@@ -27,11 +27,6 @@ KERNEL_FILES = (
     "steps.py",
 )
 
-# Sums may be reordered, or they could not become vectors, and fused with products.
-# NaN, infinity and division keep their meaning.
-FAST = {"reassoc", "contract", "nsz"}
-EXACT: set[str] = set()  # every operation rounds as written, as in NumPy
-
 
 def _candidates() -> list[Path]:
     if os.environ.get("NUMBA_CACHE_DIR"):
@@ -63,18 +58,17 @@ def _cache_folder() -> Path | None:
 CACHE_FOLDER = _cache_folder()
 
 
-def compiled(
-    function: Callable, fastmath: set[str] = FAST, **options: bool
-) -> Callable:
+def compiled(function: Callable, **options: bool) -> Callable:
     """Compile a function on its first call with arguments of new types.
 
-    Division by zero gives infinity, as in NumPy, and other threads may run meanwhile.
+    Arithmetic is as written, never reordered: a kernel gives the same bits wherever it
+    is inlined and whichever process compiled it. Division by zero gives infinity, as in
+    NumPy; other threads may run meanwhile.
     """
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(CACHE_FOLDER or "")
     try:
         return numba.njit(
-            fastmath=fastmath,
             error_model="numpy",
             nogil=True,
             cache=CACHE_FOLDER is not None,
@@ -82,16 +76,6 @@ def compiled(
         )(function)
     finally:
         numba.config.CACHE_DIR = before
-
-
-def fused(function: Callable) -> Callable:
-    """`compiled`, with multiply-add but every sum in the order that is written."""
-    return compiled(function, {"contract"})
-
-
-def exactly(function: Callable) -> Callable:
-    """`compiled`, but with every operation rounded as written."""
-    return compiled(function, EXACT)
 
 
 def serial_and_parallel(function: Callable) -> tuple[Callable, Callable]:
@@ -108,14 +92,14 @@ def announce_compiling(notify: Callable[[str], None]) -> None:
 
 class _FirstCompile(Listener):
     def __init__(self, notify: Callable[[str], None]) -> None:
-        self.notify = notify
+        self.tell = notify
 
     def on_start(self, event: Event) -> None:
         """A function is not in the cache: Numba begins to compile it."""
         function = event.data["dispatcher"].py_func
-        if self.notify and function.__module__.startswith(__package__):
-            self.notify("compiling kernels for this CPU: once, about half a minute ...")
-            self.notify = None
+        if self.tell and function.__module__.startswith(__package__):
+            self.tell("compiling kernels for this CPU: once, about half a minute ...")
+            self.tell = None
 
     def on_end(self, event: Event) -> None:
         """Nothing to say: the model answers."""

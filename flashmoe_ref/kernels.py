@@ -22,15 +22,19 @@ from numba import prange
 from numba.core import types
 from numba.extending import overload
 
-from .compiled import compiled, exactly, fused, serial_and_parallel
+from .compiled import compiled, serial_and_parallel
 from .errors import ConfigError
 from .quantize import BITS, QuantizedMatrix
 from .vectors import (
     CHUNK,
-    add_scaled8,
+    add8,
     decode32,
     dot32,
     float_of_bits,
+    float_of_half,
+    load8,
+    multiply_add8,
+    splat8,
     sum8,
     zero8,
 )
@@ -86,16 +90,26 @@ def _widen(value):
     if value == types.uint16:  # bfloat16 is the upper half of a float32
         return lambda value: float_of_bits(u32(u32(value) << u32(16)))
     if value == types.int16:
-        return lambda value: _widen_float16(value)
+        return lambda value: float_of_half(value)
     return lambda value: value
 
 
-@exactly
-def _widen_float16(half):
-    # The five exponent bits, read as eight, are 127 - 15 too small: multiply. This also
-    # holds for subnormal numbers; NOTE: infinity and NaN become large numbers.
-    magnitude = float_of_bits(u32((half & 0x7FFF) << 13)) * f32(2.0**112)
-    return -magnitude if half < 0 else magnitude
+@compiled
+def dot(a, b):
+    """Sum of products, in 4 x 8 lanes. Shapes: a (n,) as stored, b (n,) float32."""
+    n = b.size
+    sum0, sum1, sum2, sum3 = zero8(), zero8(), zero8(), zero8()
+    for i in range(0, n - 31, 32):
+        sum0 = multiply_add8(load8(a, i), load8(b, i), sum0)
+        sum1 = multiply_add8(load8(a, i + 8), load8(b, i + 8), sum1)
+        sum2 = multiply_add8(load8(a, i + 16), load8(b, i + 16), sum2)
+        sum3 = multiply_add8(load8(a, i + 24), load8(b, i + 24), sum3)
+    for i in range(n - n % 32, n - 7, 8):
+        sum0 = multiply_add8(load8(a, i), load8(b, i), sum0)
+    total = sum8(add8(add8(sum0, sum1), add8(sum2, sum3)))
+    for i in range(n - n % 8, n):
+        total += widen(a[i]) * b[i]
+    return total
 
 
 # ---- ranges of rows ------------------------------------------------------------------
@@ -115,7 +129,8 @@ def _rows_of_width(bits: int):
                 dot = zero8()
                 for i in range(group * chunks, (group + 1) * chunks):
                     dot = dot32(bits, packed, i * chunk_bytes, x, i * CHUNK, dot)
-                total = add_scaled8(total, dot, widen(scales[row, group]))
+                scale = splat8(widen(scales[row, group]))
+                total = multiply_add8(dot, scale, total)
                 bias += widen(biases[row, group]) * sums[group]
             out[row] = sum8(total) + bias
 
@@ -128,10 +143,7 @@ ROWS = {bits: _rows_of_width(bits) for bits in BITS}
 @compiled
 def _float_rows(weight, x, out, start, stop):
     for row in range(start, stop):
-        total = f32(0)
-        for i in range(x.size):
-            total += widen(weight[row, i]) * x[i]
-        out[row] = total
+        out[row] = dot(weight[row], x)
 
 
 # ---- one interface for quantized and float matrices ----------------------------------
@@ -182,10 +194,10 @@ def _arrange_quantized(bits, n_groups, x, scaled, sums):
         scaled[i] = x[i] * scales[i & 7]
     size = x.size // n_groups
     for group in range(n_groups):
-        total = f32(0)
-        for i in range(group * size, (group + 1) * size):
-            total += x[i]
-        sums[group] = total
+        total = zero8()
+        for i in range(group * size, (group + 1) * size, 8):
+            total = add8(total, load8(x, i))
+        sums[group] = sum8(total)
 
 
 def n_sums(matrix):
@@ -285,7 +297,7 @@ def _decoder_of_width(bits: int):
                 bias = widen(biases[row, i // chunks])
                 decode32(bits, packed, i * chunk_bytes, scale, bias, values, i * CHUNK)
 
-    return exactly(decode)
+    return compiled(decode)
 
 
 DECODERS = {bits: _decoder_of_width(bits) for bits in BITS}
@@ -306,7 +318,7 @@ def dequantize_f32(matrix: QuantizedMatrix) -> np.ndarray:
 # ---- the experts of a token ----------------------------------------------------------
 
 
-@fused
+@compiled
 def exp(x):
     """e^x to about one rounding, as plain arithmetic: loops over it become vectors.
 

@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 
 from .compiled import compiled, serial_and_parallel
-from .kernels import PARALLEL_BYTES, exp, multiply, silu
+from .kernels import PARALLEL_BYTES, dot, exp, multiply, silu
 
 f32 = np.float32
 L2_EPS = f32(1e-6)  # as in layers.py, which imports NumPy alone
@@ -28,15 +28,6 @@ L2_EPS = f32(1e-6)  # as in layers.py, which imports NumPy alone
 def sigmoid(x):
     """1 / (1 + e^-x)."""
     return f32(1) / (f32(1) + exp(-x))
-
-
-@compiled
-def dot(a, b):
-    """Sum of products of two vectors."""
-    total = f32(0)
-    for i in range(a.size):
-        total += a[i] * b[i]
-    return total
 
 
 @compiled
@@ -70,12 +61,9 @@ def _delta_rule(s, q, k, v, decay, beta, o):
             memory = s[head, row]
             recalled = decay[head] * dot(memory, k_head)
             write = (v[head, row] - recalled) * beta[head]
-            total = f32(0)
             for i in range(dk):
-                new = memory[i] * decay[head] + write * k_head[i]
-                memory[i] = new
-                total += new * q_head[i]
-            o[head, row] = total
+                memory[i] = memory[i] * decay[head] + write * k_head[i]
+            o[head, row] = dot(memory, q_head)
 
 
 _delta_rule_serial, _delta_rule_parallel = _delta_rule

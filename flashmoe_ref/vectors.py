@@ -21,14 +21,13 @@ Follows no paper. **But:** no integer dot products, which would need x in 8 bits
 """
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 CHUNK = 32  # weights that `dot32` takes: whole words, whatever the width
 
 _I8, _I32, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
 _FLOAT8, _INT8 = ir.VectorType(_FLOAT, 8), ir.VectorType(_I32, 8)
-_FUSE = ("contract",)  # a product and a sum may become one multiply-add
 
 
 def position_scale(position: int, bits: int) -> float:
@@ -65,6 +64,16 @@ def float_of_bits(_typing, bits):
 
 
 @intrinsic
+def float_of_half(_typing, bits):
+    """The float32 of the float16 whose bits an int16 holds."""
+
+    def write_ir(_context, builder, _signature, args):
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _FLOAT)
+
+    return types.float32(types.int16), write_ir
+
+
+@intrinsic
 def zero8(_typing):
     """Eight zeros."""
 
@@ -75,14 +84,58 @@ def zero8(_typing):
 
 
 @intrinsic
-def add_scaled8(_typing, total, vector, factor):
-    """total + vector * factor, for each of eight lanes."""
+def load8(_typing, array, first):
+    """Eight floats of an array from index first: float32, or bits of a 16-bit float.
+
+    uint16 holds bfloat16 and int16 float16. NOTE: bounds are not checked.
+    """
+
+    def write_ir(context, builder, signature, args):
+        array_type = signature.args[0]
+        at = _pointer(context, builder, array_type, *args)
+        name = array_type.dtype.name
+        if name == "float32":
+            return builder.load(_eight_floats(builder, at, 0), align=4)
+        element = {"uint16": ir.IntType(16), "int16": ir.HalfType()}[name]
+        vector = ir.VectorType(element, 8)
+        raw = builder.load(builder.bitcast(at, vector.as_pointer()), align=2)
+        if name == "int16":
+            return builder.fpext(raw, _FLOAT8)
+        # bfloat16 is the upper half of a float32
+        upper = builder.shl(builder.zext(raw, _INT8), ir.Constant(_INT8, [16] * 8))
+        return builder.bitcast(upper, _FLOAT8)
+
+    return float8(array, types.intp), write_ir
+
+
+@intrinsic
+def add8(_typing, a, b):
+    """a + b, for each of eight lanes."""
 
     def write_ir(_context, builder, _signature, args):
-        total, vector, factor = args
-        return _multiply_add(builder, vector, _splat(builder, factor), total)
+        return builder.fadd(*args)
 
-    return float8(float8, float8, types.float32), write_ir
+    return float8(float8, float8), write_ir
+
+
+@intrinsic
+def multiply_add8(_typing, a, b, c):
+    """a * b + c, for each of eight lanes."""
+
+    def write_ir(_context, builder, _signature, args):
+        return _multiply_add(builder, *args)
+
+    return float8(float8, float8, float8), write_ir
+
+
+@intrinsic
+def splat8(_typing, number):
+    """The same number in eight lanes."""
+
+    def write_ir(_context, builder, _signature, args):
+        return _splat(builder, args[0])
+
+    return float8(types.float32), write_ir
 
 
 @intrinsic
@@ -188,7 +241,11 @@ def _splat(builder, number):
 
 
 def _multiply_add(builder, a, b, c):
-    return builder.fadd(builder.fmul(a, b, flags=_FUSE), c, flags=_FUSE)
+    """a * b + c: one instruction, rounded once, wherever the CPU has it."""
+    function_type = ir.FunctionType(_FLOAT8, [_FLOAT8] * 3)
+    name = "llvm.fmuladd.v8f32"
+    function = cgutils.get_or_insert_function(builder.module, function_type, name)
+    return builder.call(function, [a, b, c])
 
 
 def _lanes(indices):
