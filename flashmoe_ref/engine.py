@@ -33,7 +33,7 @@ def load(
     k: int | None = None,
     slots: int | None = None,
     threads: int = 4,
-    compiled: bool = False,
+    compiled: bool = True,
 ) -> "Model":
     """Open a model folder for generation.
 

@@ -8,7 +8,7 @@ multi-modal rotary embedding equals the plain one there), no training.
 Axes: T tokens, D model width, H heads, Dh head width, E experts, K experts per token,
 F expert width, C convolution channels. Weight matrices are (out, in), as files have
 them. A block takes `linear`, which applies a weight matrix: here `x @ w.T`; an engine
-passes its own to compute from quantized weights.
+passes its own to compute from quantized weights, and may pass its own `delta_rule`.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ L2_EPS = 1e-6  # added to the SUM of squares of a query or key, not to their mea
 DELTA_CHUNK = 64  # tokens per chunk of the chunked delta rule, as in transformers
 
 Linear = Callable[[np.ndarray, np.ndarray], np.ndarray]
+DeltaRule = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
 def linear(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -83,12 +84,16 @@ class AttentionState:
         """Bytes of memory that the cache occupies."""
         return self.k.nbytes + self.v.nbytes
 
-    def append(self, k: np.ndarray, v: np.ndarray) -> None:
-        """Add T tokens. Shapes: k, v (T, Hkv, Dh)."""
-        n = self.n + len(k)
+    def reserve(self, n: int) -> None:
+        """Make room for n tokens in all."""
         if n > len(self.k):
             capacity = max(256, 2 * len(self.k), n)
             self.k, self.v = (_grown(a, capacity, self.n) for a in (self.k, self.v))
+
+    def append(self, k: np.ndarray, v: np.ndarray) -> None:
+        """Add T tokens. Shapes: k, v (T, Hkv, Dh)."""
+        n = self.n + len(k)
+        self.reserve(n)
         self.k[self.n : n], self.v[self.n : n] = k, v
         self.n = n
 
@@ -111,10 +116,15 @@ def rope_angles(
     Shapes: positions (T,) -> cos, sin (T, rotary_dim / 2).
     Source: RoFormer (arXiv 2104.09864), eq. 15; angle = position * theta^(-2i/d).
     """
-    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
-    frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    frequencies = rope_frequencies(rotary_dim, theta)
     angles = positions.astype(np.float32)[:, None] * frequencies
     return np.cos(angles), np.sin(angles)
+
+
+def rope_frequencies(rotary_dim: int, theta: float) -> np.ndarray:
+    """Radians per position of each pair. Shapes: -> (rotary_dim / 2,)."""
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
+    return (1.0 / np.float32(theta) ** exponents).astype(np.float32)
 
 
 def rotate(u: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -286,9 +296,10 @@ def delta_rule(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The gated delta rule over T tokens: a step for one, chunks for more.
 
-    Shapes: as `delta_rule_chunk`, but tokens first: q and k (T, H, Dk), v (T, H, Dv),
-    log_decay and beta (T, H) -> o (T, H, Dv), new s.
+    Shapes: s (Hv, Dv, Dk), q and k (T, Hk, Dk), v (T, Hv, Dv), log_decay and beta
+    (T, Hv) -> o (T, Hv, Dv), new s. Value head j uses key head j // (Hv / Hk).
     """
+    q, k = (np.repeat(x, v.shape[1] // q.shape[1], axis=1) for x in (q, k))
     if len(q) == 1:
         o, s = delta_rule_step(s, q[0], k[0], v[0], np.exp(log_decay[0]), beta[0])
         return o[None], s
@@ -308,6 +319,7 @@ def gated_delta_net(
     n_key_heads: int,
     eps: float,
     linear: Linear = linear,
+    delta_rule: DeltaRule = delta_rule,
 ) -> np.ndarray:
     """Linear attention with a corrected, decaying memory.
 
@@ -324,8 +336,6 @@ def gated_delta_net(
     q, k, v = np.split(silu(mixed), [key_dim, 2 * key_dim], axis=-1)
     q = l2_normalize(q.reshape(t, n_key_heads, dk)) * h.dtype.type(dk**-0.5)
     k = l2_normalize(k.reshape(t, n_key_heads, dk))
-    # value head j reads key head j // ratio
-    q, k = (np.repeat(x, n_heads // n_key_heads, axis=1) for x in (q, k))
     beta = sigmoid(linear(h, w["in_proj_b"]))  # (T, Hv): how much of the error to write
     a = linear(h, w["in_proj_a"])
     log_decay = -np.exp(w["A_log"]) * softplus(a + w["dt_bias"])  # (T, Hv), <= 0

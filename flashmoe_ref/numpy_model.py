@@ -172,7 +172,9 @@ class NumpyModel:
         c, w, own = self.config, self.layers[layer], state.layers[layer]
         if c.is_linear(layer):
             heads = c.linear_num_key_heads
-            return layers.gated_delta_net(h, w, own, heads, c.rms_norm_eps, self.linear)
+            return layers.gated_delta_net(
+                h, w, own, heads, c.rms_norm_eps, self.linear, self.delta_rule
+            )
         rope = (c.rotary_dim, c.rope_theta)
         return layers.gated_attention(h, w, own, *rope, c.rms_norm_eps, self.linear)
 
@@ -233,9 +235,9 @@ class NumpyModel:
         h = layers.rms_norm(x, self.norm, self.config.rms_norm_eps)
         return self.linear(h, self.lm_head)
 
-    def linear(self, x: np.ndarray, w: Matrix) -> np.ndarray:
-        """How this engine applies a weight matrix."""
-        return linear(x, w)
+    # How this engine applies a weight matrix, and the delta rule.
+    linear = staticmethod(linear)
+    delta_rule = staticmethod(layers.delta_rule)
 
 
 def check_ids(ids: Sequence[int], n_before: int, config: ModelConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny import TEXT_CONFIG
+from tiny import TEXT_CONFIG, write_tiny
 
 from flashmoe_ref.accounting import module_shapes
 from flashmoe_ref.config import ModelConfig
@@ -20,41 +20,43 @@ CONSTANT_BYTES = 100_000_000
 SHAPE = {
     "hidden_size": 512,
     "moe_intermediate_size": 1024,
-    "num_hidden_layers": 8,
-    "num_experts": 64,
+    "num_hidden_layers": 4,
+    "num_experts": 128,
     "num_experts_per_tok": 4,
     "max_position_embeddings": 1024,
 }
 
-# Peak of a process: its imports first, then a load, a prompt and some tokens.
+# Peak of a process: first with imports, kernels and threads that a small model of the
+# same kind has set up; then with the large one.
 MEASURE = """
 import json, sys
-import numpy as np
-import flashmoe_ref.generation
-from flashmoe_ref.report import peak_memory_bytes
-options = json.loads(sys.argv[2])
-if options["engine"] == "mlx":
-    import mlx.core as mx
-    import flashmoe_ref.mlx_model
-    mx.eval(mx.ones((4, 4)) @ mx.ones((4, 4)))
-else:
-    from flashmoe_ref.compiled_model import warm_up
-    warm_up()
-np.ones((256, 256), np.float32) @ np.ones((256, 256), np.float32)  # BLAS's threads
-before = peak_memory_bytes()
 from flashmoe_ref import load
-with load(sys.argv[1], **options) as model:
-    state = model.new_state()
-    model.prefill(list(range(90)) * 3, state)
-    for token in range(20):
-        model.decode(token, state)
-    print(json.dumps({
-        "above": peak_memory_bytes() - before,
-        "promised": model.checkpoint.dense_bytes + model.store.n_bytes + state.n_bytes,
-        "model": model.report().model_bytes,
-        "misses": model.store.counters.misses,
-    }))
+from flashmoe_ref.report import peak_memory_bytes
+
+def run(folder):
+    with load(folder, **json.loads(sys.argv[3])) as model:
+        state = model.new_state()
+        model.prefill(list(range(40)), state)
+        for token in range(8):
+            model.decode(token, state)
+        return {
+            "promised": model.checkpoint.dense_bytes + model.store.n_bytes
+            + state.n_bytes,
+            "model": model.report().model_bytes,
+            "misses": model.store.counters.misses,
+        }
+
+run(sys.argv[1])
+before = peak_memory_bytes()
+result = run(sys.argv[2])
+print(json.dumps(result | {"above": peak_memory_bytes() - before}))
 """
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Few and narrow layers, quantized as the large model is."""
+    return write_tiny(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +113,12 @@ def entry(dtype: str, shape: tuple, at: int, n_bytes: int) -> dict:
 
 @pytest.mark.parametrize("slots", [None, 8])
 @pytest.mark.parametrize("engine", ["numpy", "mlx"])
-def test_peak_memory_is_what_was_promised(large, engine, slots):
+def test_peak_memory_is_what_was_promised(small, large, engine, slots):
     options = json.dumps({"engine": engine, "slots": slots})
-    command = [sys.executable, "-c", MEASURE, str(large), options]
+    command = [sys.executable, "-c", MEASURE, str(small), str(large), options]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert result.returncode == 0, result.stderr
     got = json.loads(result.stdout)
-    assert got["misses"] > 500  # it did stream
+    assert got["misses"] > 200  # it did stream
     assert got["model"] > got["promised"] + 2 * CONSTANT_BYTES  # and could not hide
     assert got["above"] <= got["promised"] + CONSTANT_BYTES, got

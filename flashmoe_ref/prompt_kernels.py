@@ -1,0 +1,274 @@
+"""Kernels for a whole prompt, compiled: each weight is decoded once for many tokens.
+
+Some rows of a matrix are decoded into a buffer that stays in the cache and multiplied
+with all tokens, four rows by four tokens at a time, so that a loaded value is used four
+times. Threads share the rows of a dense matrix, the experts of a layer, or the heads of
+a delta rule. BLAS is not used: it has no quantized weights, and its threads wait for
+each other by spinning, which a busy machine punishes.
+**But:** float32 only. *Taught in notebooks/05.*
+
+Results depend neither on the number of threads nor on the slot an expert lies in: each
+output is one chain of operations in one thread.
+"""
+
+import numpy as np
+from numba import prange
+from numba.extending import overload
+
+from .compiled import compiled, serial_and_parallel
+from .kernels import DECODERS, WIDTHS, Parts, one_of, prepare, silu, widen
+from .quantize import QuantizedMatrix
+
+BUFFER_ROWS = 16  # rows decoded at a time: 256 KB at 4096 columns, within the L2 cache
+PARALLEL_WORK = 1 << 24  # multiply-adds that are worth a second thread: about 0.7 ms
+
+f32 = np.float32
+
+
+# ---- decoded rows times tokens -------------------------------------------------------
+
+
+def decode_rows(matrix, start, stop, out):
+    """out[: stop - start] = those rows of a prepared matrix, in float32."""
+
+
+@overload(decode_rows)
+def _decode_rows(matrix, start, stop, out):
+    if len(matrix) == 1:
+        return lambda matrix, start, stop, out: _widen_rows(matrix[0], start, stop, out)
+    decode = DECODERS[WIDTHS[matrix[0].dtype.name]]
+    return lambda matrix, start, stop, out: decode(
+        matrix[0][start:stop],
+        matrix[1][start:stop],
+        matrix[2][start:stop],
+        out[: stop - start],
+    )
+
+
+@compiled
+def _widen_rows(weight, start, stop, out):
+    for row in range(start, stop):
+        for i in range(weight.shape[1]):
+            out[row - start, i] = widen(weight[row, i])
+
+
+@compiled
+def multiply_buffer(x, w, out, first):
+    """out[t, first + r] = x[t] . w[r]; as many tokens and rows as multiples of four."""
+    for t in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[t], x[t + 1], x[t + 2], x[t + 3]
+        for r in range(0, w.shape[0], 4):
+            w0, w1, w2, w3 = w[r], w[r + 1], w[r + 2], w[r + 3]
+            a00 = a01 = a02 = a03 = a10 = a11 = a12 = a13 = f32(0)
+            a20 = a21 = a22 = a23 = a30 = a31 = a32 = a33 = f32(0)
+            for i in range(x.shape[1]):  # sixteen sums in registers
+                u0, u1, u2, u3 = w0[i], w1[i], w2[i], w3[i]
+                v = x0[i]
+                a00, a01, a02, a03 = (
+                    a00 + v * u0,
+                    a01 + v * u1,
+                    a02 + v * u2,
+                    a03 + v * u3,
+                )
+                v = x1[i]
+                a10, a11, a12, a13 = (
+                    a10 + v * u0,
+                    a11 + v * u1,
+                    a12 + v * u2,
+                    a13 + v * u3,
+                )
+                v = x2[i]
+                a20, a21, a22, a23 = (
+                    a20 + v * u0,
+                    a21 + v * u1,
+                    a22 + v * u2,
+                    a23 + v * u3,
+                )
+                v = x3[i]
+                a30, a31, a32, a33 = (
+                    a30 + v * u0,
+                    a31 + v * u1,
+                    a32 + v * u2,
+                    a33 + v * u3,
+                )
+            o = first + r
+            out[t, o], out[t, o + 1], out[t, o + 2], out[t, o + 3] = a00, a01, a02, a03
+            t1, t2, t3 = t + 1, t + 2, t + 3
+            out[t1, o], out[t1, o + 1], out[t1, o + 2], out[t1, o + 3] = (
+                a10,
+                a11,
+                a12,
+                a13,
+            )
+            out[t2, o], out[t2, o + 1], out[t2, o + 2], out[t2, o + 3] = (
+                a20,
+                a21,
+                a22,
+                a23,
+            )
+            out[t3, o], out[t3, o + 1], out[t3, o + 2], out[t3, o + 3] = (
+                a30,
+                a31,
+                a32,
+                a33,
+            )
+
+
+@compiled
+def padded(n):
+    """The next multiple of four."""
+    return (n + 3) // 4 * 4
+
+
+@compiled
+def multiply_rows(matrix, x, start, stop, out):
+    """out[:, start:stop] = x times those rows; x and out are padded to fours."""
+    buffer = np.zeros((BUFFER_ROWS, x.shape[1]), f32)
+    for first in range(start, stop, BUFFER_ROWS):
+        last = min(first + BUFFER_ROWS, stop)
+        decode_rows(matrix, first, last, buffer)
+        # Rows beyond the last hold old values; what they give lands in the padding.
+        multiply_buffer(x, buffer[: padded(last - first)], out, first)
+
+
+@serial_and_parallel
+def _matmul(matrix, x, out):
+    n_rows = matrix[0].shape[0]
+    for block in prange((n_rows + BUFFER_ROWS - 1) // BUFFER_ROWS):
+        start = block * BUFFER_ROWS
+        multiply_rows(matrix, x, start, min(start + BUFFER_ROWS, n_rows), out)
+
+
+matmul_serial, matmul_parallel = _matmul
+
+
+def matmul(matrix: Parts | QuantizedMatrix | np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Multiply many tokens by a stored matrix.
+
+    Shapes: matrix (out, in), best as `prepare` returned it; x (T, in) float32
+    -> (T, out).
+    """
+    parts = matrix if isinstance(matrix, tuple) else prepare(matrix)
+    n_rows = parts[0].shape[0]
+    out = np.empty((padded(len(x)), padded(n_rows)), f32)
+    big = out.size * x.shape[1] >= PARALLEL_WORK
+    (matmul_parallel if big else matmul_serial)(parts, _pad_tokens(x), out)
+    return out[: len(x), :n_rows]
+
+
+def _pad_tokens(x: np.ndarray) -> np.ndarray:
+    if len(x) % 4 == 0:
+        return np.ascontiguousarray(x)
+    return np.concatenate([x, np.zeros((-len(x) % 4, x.shape[1]), f32)])
+
+
+# ---- the experts of a prompt ---------------------------------------------------------
+
+
+@compiled
+def _expert(gate, up, down, x):
+    """One expert for its tokens. Shapes: x (n, D), n padded to four -> (n, D)."""
+    n_f, n_d = gate[0].shape[0], down[0].shape[0]
+    hidden = np.empty((x.shape[0], padded(n_f)), f32)
+    raised = np.empty((x.shape[0], padded(n_f)), f32)
+    multiply_rows(gate, x, 0, n_f, hidden)
+    multiply_rows(up, x, 0, n_f, raised)
+    for t in range(x.shape[0]):
+        for f in range(n_f):
+            hidden[t, f] = silu(hidden[t, f]) * raised[t, f]
+    y = np.empty((x.shape[0], padded(n_d)), f32)
+    multiply_rows(down, hidden[:, :n_f].copy(), 0, n_d, y)
+    return y
+
+
+@serial_and_parallel
+def _experts(gate, up, down, slots, starts, tokens, shares, x, products):
+    for i in prange(slots.size):
+        mine = tokens[starts[i] : starts[i + 1]]
+        gathered = np.zeros((padded(mine.size), x.shape[1]), f32)
+        for j in range(mine.size):
+            gathered[j] = x[mine[j]]
+        slot = slots[i]
+        y = _expert(one_of(gate, slot), one_of(up, slot), one_of(down, slot), gathered)
+        for j in range(mine.size):
+            for d in range(products.shape[1]):
+                products[starts[i] + j, d] = shares[starts[i] + j] * y[j, d]
+
+
+@compiled
+def _add_rows(products, tokens, out):
+    for j in range(tokens.size):
+        for d in range(out.shape[1]):
+            out[tokens[j], d] += products[j, d]
+
+
+experts_serial, experts_parallel = _experts
+
+
+def experts_of_prompt(
+    bank: tuple[Parts, Parts, Parts],
+    slots: np.ndarray,
+    starts: np.ndarray,
+    tokens: np.ndarray,
+    shares: np.ndarray,
+    x: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Add some experts' weighted outputs for the tokens that chose them to out.
+
+    Shapes: bank as for `kernels.experts_step`; slots (n,) integers; tokens and shares
+    (m,): those of slot i are [starts[i]:starts[i + 1]]; x and out (T, D) float32. Adds
+    in the order of slots.
+    """
+    products = np.empty((len(tokens), x.shape[1]), f32)
+    work = 3 * len(tokens) * bank[0][0].shape[1] * x.shape[1]
+    run = experts_parallel if work >= PARALLEL_WORK else experts_serial
+    run(*bank, slots, starts, tokens, shares, x, products)
+    _add_rows(products, tokens, out)
+
+
+# ---- the delta rule over a prompt ----------------------------------------------------
+
+
+@serial_and_parallel
+def _delta_rule(s, q, k, v, decay, beta, out):
+    ratio = s.shape[0] // q.shape[1]
+    for head in prange(s.shape[0]):
+        for t in range(q.shape[0]):
+            query, key = q[t, head // ratio], k[t, head // ratio]
+            g, write = decay[t, head], beta[t, head]
+            for row in range(s.shape[1]):
+                memory = s[head, row]  # (Dk,)
+                recalled = f32(0)
+                for i in range(memory.size):
+                    recalled += memory[i] * key[i]
+                correction = (v[t, head, row] - g * recalled) * write
+                answer = f32(0)
+                for i in range(memory.size):
+                    memory[i] = g * memory[i] + correction * key[i]
+                    answer += memory[i] * query[i]
+                out[t, head, row] = answer
+
+
+delta_rule_serial, delta_rule_parallel = _delta_rule
+
+
+def delta_rule(
+    s: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    log_decay: np.ndarray,
+    beta: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`layers.delta_rule`, token by token: a head's memory stays in the cache.
+
+    Shapes and result: as there, but q and k (T, Hk, Dk) are not repeated for the value
+    heads that share them.
+    """
+    s = s.copy()
+    out = np.empty(v.shape, f32)
+    work = 3 * len(q) * s.size
+    run = delta_rule_parallel if work >= PARALLEL_WORK else delta_rule_serial
+    run(s, q, k, np.ascontiguousarray(v), np.exp(log_decay), beta, out)
+    return out, s
