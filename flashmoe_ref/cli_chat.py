@@ -8,6 +8,7 @@ keyboard types what the tool would answer. **But:** one line is one message.
 import json
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import ConfigError
@@ -49,6 +50,10 @@ def converse(
     session: ChatSession, max_tokens: int | None, say: Say, note: Callable[[str], None]
 ) -> None:
     """Hold a conversation until the input ends or /quit; the session remembers it."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401  arrow keys and history in input()
+        note("Type a message. /report  /new  /quit (or Ctrl-D)")
     while (line := _ask("you> ")) is not None:
         command = line.strip()
         if command == "/quit":
