@@ -34,6 +34,7 @@ from .vectors import (
     float_of_half,
     load8,
     multiply_add8,
+    silu,
     splat8,
     sum8,
     zero8,
@@ -46,7 +47,7 @@ Parts = tuple[np.ndarray, ...]  # (weight, scales, biases), or (weight,) of floa
 PARALLEL_BYTES = 4 << 20
 BLOCK_ROWS = 32  # rows that a thread takes at a time
 
-f32, i32, u32 = np.float32, np.int32, np.uint32
+f32, u32 = np.float32, np.uint32
 
 # ---- arrays as the kernels take them -------------------------------------------------
 
@@ -122,17 +123,26 @@ def _rows_of_width(bits: int):
     def rows(weight, scales, biases, x, sums, out, start, stop):
         n_groups = scales.shape[1]
         chunks = x.size // n_groups // CHUNK  # in a group
-        for row in range(start, stop):
-            packed = weight[row]
-            total, bias = zero8(), f32(0)
+        # Two rows at a time share what is loaded of x; an odd last row is its own pair.
+        for row in range(start, stop, 2):
+            other = min(row + 1, stop - 1)
+            packed, packed_other = weight[row], weight[other]
+            total, total_other = zero8(), zero8()
+            bias, bias_other = f32(0), f32(0)
             for group in range(n_groups):
-                dot = zero8()
+                part, part_other = zero8(), zero8()
                 for i in range(group * chunks, (group + 1) * chunks):
-                    dot = dot32(bits, packed, i * chunk_bytes, x, i * CHUNK, dot)
+                    at, x_at = i * chunk_bytes, i * CHUNK
+                    part = dot32(bits, packed, at, x, x_at, part)
+                    part_other = dot32(bits, packed_other, at, x, x_at, part_other)
                 scale = splat8(widen(scales[row, group]))
-                total = multiply_add8(dot, scale, total)
+                scale_other = splat8(widen(scales[other, group]))
+                total = multiply_add8(part, scale, total)
+                total_other = multiply_add8(part_other, scale_other, total_other)
                 bias += widen(biases[row, group]) * sums[group]
+                bias_other += widen(biases[other, group]) * sums[group]
             out[row] = sum8(total) + bias
+            out[other] = sum8(total_other) + bias_other
 
     return compiled(rows)
 
@@ -264,6 +274,8 @@ def matvec(
     Raises: ConfigError if x does not fit the matrix.
     """
     parts = matrix if isinstance(matrix, tuple) else prepare(matrix)
+    if x.dtype != f32 or x.ndim != 1 or not x.flags.c_contiguous:
+        raise ConfigError(f"x must be a contiguous float32 vector, not {x.dtype}")
     check_fits(parts, x.size)
     if out is None:
         out = np.empty(len(parts[0]), f32)
@@ -316,34 +328,6 @@ def dequantize_f32(matrix: QuantizedMatrix) -> np.ndarray:
 
 
 # ---- the experts of a token ----------------------------------------------------------
-
-
-@compiled
-def exp(x):
-    """e^x to about one rounding, as plain arithmetic: loops over it become vectors.
-
-    x = n ln 2 + r with |r| <= ln 2 / 2: e^r by its series, whose next term is below
-    6e-9, and 2^n by writing n into the exponent of a float.
-    """
-    x = f32(-87) if x < f32(-87) else (f32(88) if x > f32(88) else x)
-    n = np.floor(x * f32(1.442695041) + f32(0.5))
-    # ln 2 in two parts, the first of few bits, so that n times it is exact
-    r = (x - n * f32(0.693359375)) - n * f32(-2.12194440e-4)
-    series = f32(1 / 5040)
-    series = series * r + f32(1 / 720)
-    series = series * r + f32(1 / 120)
-    series = series * r + f32(1 / 24)
-    series = series * r + f32(1 / 6)
-    series = series * r + f32(1 / 2)
-    series = series * r + f32(1)
-    series = series * r + f32(1)
-    return series * float_of_bits(u32((i32(n) + i32(127)) << i32(23)))
-
-
-@compiled
-def silu(x):
-    """x * sigmoid(x)."""
-    return x / (f32(1) + exp(-x))
 
 
 @serial_and_parallel

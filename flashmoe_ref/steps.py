@@ -18,7 +18,8 @@ import numpy as np
 from numba import prange
 
 from .compiled import compiled, serial_and_parallel
-from .kernels import PARALLEL_BYTES, dot, exp, multiply, silu
+from .kernels import PARALLEL_BYTES, dot, multiply
+from .vectors import exp, silu
 
 f32 = np.float32
 L2_EPS = f32(1e-6)  # as in layers.py, which imports NumPy alone

@@ -20,9 +20,14 @@ Follows no paper. **But:** no integer dot products, which would need x in 8 bits
 *Taught in notebooks/05.*
 """
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
+
+from .compiled import compiled
+
+f32, i32, u32 = np.float32, np.int32, np.uint32
 
 CHUNK = 32  # weights that `dot32` takes: whole words, whatever the width
 
@@ -201,6 +206,37 @@ def decode32(_typing, bits, packed, first_byte, scale, bias, out, first):
 
     integer, number = types.intp, types.float32
     return types.void(bits, packed, integer, number, number, out, integer), write_ir
+
+
+# ---- functions that loops over them can be vectors of --------------------------------
+
+
+@compiled
+def exp(x):
+    """e^x to about one rounding, as plain arithmetic: loops over it become vectors.
+
+    x = n ln 2 + r with |r| <= ln 2 / 2: e^r by its series, whose next term is below
+    6e-9, and 2^n by writing n into the exponent of a float.
+    """
+    x = f32(-87) if x < f32(-87) else (f32(88) if x > f32(88) else x)
+    n = np.floor(x * f32(1.442695041) + f32(0.5))
+    # ln 2 in two parts, the first of few bits, so that n times it is exact
+    r = (x - n * f32(0.693359375)) - n * f32(-2.12194440e-4)
+    series = f32(1 / 5040)
+    series = series * r + f32(1 / 720)
+    series = series * r + f32(1 / 120)
+    series = series * r + f32(1 / 24)
+    series = series * r + f32(1 / 6)
+    series = series * r + f32(1 / 2)
+    series = series * r + f32(1)
+    series = series * r + f32(1)
+    return series * float_of_bits(u32((i32(n) + i32(127)) << i32(23)))
+
+
+@compiled
+def silu(x):
+    """x * sigmoid(x)."""
+    return x / (f32(1) + exp(-x))
 
 
 # ---- pieces of IR --------------------------------------------------------------------
