@@ -239,6 +239,9 @@ def compile_step(w: dict, n_key_heads: int, eps: float) -> Callable:
 
     A token is a few dozen small operations, whose price is mostly that of starting
     them; mx.compile fuses some and saves Python the building of the graph each time.
+    NOTE: on the CPU MLX builds fused kernels with the C++ compiler that it finds, about
+    a second each, and keeps them in the temporary folder: the first token on a machine
+    takes some seconds. Without a compiler the same runs unfused.
     """
 
     def step(h: mx.array, conv: mx.array, s: mx.array) -> tuple[mx.array, ...]:

@@ -16,6 +16,10 @@ all layers share, and of the next token for a layer's own. Inside a prompt, wher
 layer makes several requests, each but the last wave of experts is waited for. So no
 graph that is still to be evaluated refers to a slot that is overwritten.
 
+*Bits.* On the CPU each row of a product is computed by itself, so the logits do not
+depend on slots or waves. On a GPU MLX may choose a kernel by the number of rows, which
+waves change: equality to the bit is tested on the CPU.
+
 *Threads.* An MLX stream belongs to the thread that made it, and so does an array that
 is not evaluated. Every array of a state is evaluated when forward() returns: any thread
 may make the next call, but only one at a time. The store's threads only read bytes.

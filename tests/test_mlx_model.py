@@ -15,7 +15,7 @@ import pytest
 from comparing import assert_close, in_steps
 from tiny import write_tiny
 
-from flashmoe_ref import layers, quantize
+from flashmoe_ref import layers, numpy_model, quantize
 from flashmoe_ref.checkpoint import Checkpoint
 from flashmoe_ref.engine import Model, load
 from flashmoe_ref.errors import ConfigError
@@ -187,6 +187,30 @@ def test_memory_that_is_not_shared_is_an_error(monkeypatch) -> None:
     monkeypatch.setattr(mlx_model.np, "array", lambda a, copy: np.asarray(a).copy())
     with pytest.raises(ConfigError, match="use engine='numpy'"):
         mlx_model.allocate((2, 8), np.dtype(np.float32))
+
+
+# --- side by side ---------------------------------------------------------------------
+
+
+def names_of(owner: object) -> list[str]:
+    """Functions in the order of the source."""
+    return [name for name, value in vars(owner).items() if callable(value)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "reference"),
+    [
+        (mlx_layers, layers),
+        (mlx_model.MlxModel, numpy_model.NumpyModel),
+        (mlx_layers.AttentionState, layers.AttentionState),
+    ],
+)
+def test_same_functions_in_the_same_order(ours: object, reference: object) -> None:
+    """The two engines read side by side."""
+    own, theirs = names_of(ours), names_of(reference)
+    common = [name for name in own if name in theirs and name[0] != "_"]
+    assert common == [name for name in theirs if name in common]
+    assert len(common) >= 2
 
 
 # --- the model ------------------------------------------------------------------------
