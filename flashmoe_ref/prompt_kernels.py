@@ -16,11 +16,13 @@ from numba import prange
 from numba.extending import overload
 
 from .compiled import compiled, serial_and_parallel
-from .kernels import DECODERS, WIDTHS, Parts, one_of, prepare, silu, widen
+from .kernels import DECODERS, WIDTHS, Parts, dot, one_of, prepare, widen
 from .quantize import QuantizedMatrix
+from .vectors import load8, multiply_add8, silu, sum8, zero8
 
 BUFFER_ROWS = 16  # rows decoded at a time: 256 KB at 4096 columns, within the L2 cache
-PARALLEL_WORK = 1 << 24  # multiply-adds that are worth a second thread: about 0.7 ms
+# As in kernels.py: where another program holds a core, waking a thread costs 4 to 8 ms.
+PARALLEL_WORK = 1 << 27  # multiply-adds that are worth a second thread: about 6 ms
 
 f32 = np.float32
 
@@ -54,81 +56,59 @@ def _widen_rows(weight, start, stop, out):
 
 @compiled
 def multiply_buffer(x, w, out, first):
-    """out[t, first + r] = x[t] . w[r]; as many tokens and rows as multiples of four."""
+    """out[t, first + r] = x[t] . w[r].
+
+    Takes multiples of four tokens and rows, and of eight columns: sixteen sums of eight
+    lanes stay in registers.
+    """
     for t in range(0, x.shape[0], 4):
-        x0, x1, x2, x3 = x[t], x[t + 1], x[t + 2], x[t + 3]
         for r in range(0, w.shape[0], 4):
-            w0, w1, w2, w3 = w[r], w[r + 1], w[r + 2], w[r + 3]
-            a00 = a01 = a02 = a03 = a10 = a11 = a12 = a13 = f32(0)
-            a20 = a21 = a22 = a23 = a30 = a31 = a32 = a33 = f32(0)
-            for i in range(x.shape[1]):  # sixteen sums in registers
-                u0, u1, u2, u3 = w0[i], w1[i], w2[i], w3[i]
-                v = x0[i]
-                a00, a01, a02, a03 = (
-                    a00 + v * u0,
-                    a01 + v * u1,
-                    a02 + v * u2,
-                    a03 + v * u3,
-                )
-                v = x1[i]
-                a10, a11, a12, a13 = (
-                    a10 + v * u0,
-                    a11 + v * u1,
-                    a12 + v * u2,
-                    a13 + v * u3,
-                )
-                v = x2[i]
-                a20, a21, a22, a23 = (
-                    a20 + v * u0,
-                    a21 + v * u1,
-                    a22 + v * u2,
-                    a23 + v * u3,
-                )
-                v = x3[i]
-                a30, a31, a32, a33 = (
-                    a30 + v * u0,
-                    a31 + v * u1,
-                    a32 + v * u2,
-                    a33 + v * u3,
-                )
-            o = first + r
-            out[t, o], out[t, o + 1], out[t, o + 2], out[t, o + 3] = a00, a01, a02, a03
-            t1, t2, t3 = t + 1, t + 2, t + 3
-            out[t1, o], out[t1, o + 1], out[t1, o + 2], out[t1, o + 3] = (
-                a10,
-                a11,
-                a12,
-                a13,
-            )
-            out[t2, o], out[t2, o + 1], out[t2, o + 2], out[t2, o + 3] = (
-                a20,
-                a21,
-                a22,
-                a23,
-            )
-            out[t3, o], out[t3, o + 1], out[t3, o + 2], out[t3, o + 3] = (
-                a30,
-                a31,
-                a32,
-                a33,
-            )
+            a00 = a01 = a02 = a03 = a10 = a11 = a12 = a13 = zero8()
+            a20 = a21 = a22 = a23 = a30 = a31 = a32 = a33 = zero8()
+            for i in range(0, x.shape[1], 8):
+                w0, w1 = load8(w[r], i), load8(w[r + 1], i)
+                w2, w3 = load8(w[r + 2], i), load8(w[r + 3], i)
+                v = load8(x[t], i)
+                a00, a01 = multiply_add8(v, w0, a00), multiply_add8(v, w1, a01)
+                a02, a03 = multiply_add8(v, w2, a02), multiply_add8(v, w3, a03)
+                v = load8(x[t + 1], i)
+                a10, a11 = multiply_add8(v, w0, a10), multiply_add8(v, w1, a11)
+                a12, a13 = multiply_add8(v, w2, a12), multiply_add8(v, w3, a13)
+                v = load8(x[t + 2], i)
+                a20, a21 = multiply_add8(v, w0, a20), multiply_add8(v, w1, a21)
+                a22, a23 = multiply_add8(v, w2, a22), multiply_add8(v, w3, a23)
+                v = load8(x[t + 3], i)
+                a30, a31 = multiply_add8(v, w0, a30), multiply_add8(v, w1, a31)
+                a32, a33 = multiply_add8(v, w2, a32), multiply_add8(v, w3, a33)
+            _store4(out[t], first + r, a00, a01, a02, a03)
+            _store4(out[t + 1], first + r, a10, a11, a12, a13)
+            _store4(out[t + 2], first + r, a20, a21, a22, a23)
+            _store4(out[t + 3], first + r, a30, a31, a32, a33)
 
 
 @compiled
-def padded(n):
-    """The next multiple of four."""
-    return (n + 3) // 4 * 4
+def _store4(out, at, a, b, c, d):
+    out[at], out[at + 1], out[at + 2], out[at + 3] = sum8(a), sum8(b), sum8(c), sum8(d)
+
+
+@compiled
+def padded(n, step):
+    """The next multiple of step."""
+    return (n + step - 1) // step * step
 
 
 @compiled
 def multiply_rows(matrix, x, start, stop, out):
-    """out[:, start:stop] = x times those rows; x and out are padded to fours."""
+    """out[:, start:stop] = x times those rows.
+
+    x (T, D) and out (T, rows) are padded: T and rows to fours, D to eights.
+    """
     buffer = np.zeros((BUFFER_ROWS, x.shape[1]), f32)
     for first in range(start, stop, BUFFER_ROWS):
         last = min(first + BUFFER_ROWS, stop)
         decode_rows(matrix, first, last, buffer)
         # Rows beyond the last hold old values; what they give lands in the padding.
-        multiply_buffer(x, buffer[: padded(last - first)], out, first)
+        multiply_buffer(x, buffer[: padded(last - first, 4)], out, first)
 
 
 @serial_and_parallel
@@ -150,16 +130,12 @@ def matmul(matrix: Parts | QuantizedMatrix | np.ndarray, x: np.ndarray) -> np.nd
     """
     parts = matrix if isinstance(matrix, tuple) else prepare(matrix)
     n_rows = parts[0].shape[0]
-    out = np.empty((padded(len(x)), padded(n_rows)), f32)
+    x_padded = np.zeros((padded(len(x), 4), padded(x.shape[1], 8)), f32)
+    x_padded[: len(x), : x.shape[1]] = x
+    out = np.empty((len(x_padded), padded(n_rows, 4)), f32)
     big = out.size * x.shape[1] >= PARALLEL_WORK
-    (matmul_parallel if big else matmul_serial)(parts, _pad_tokens(x), out)
+    (matmul_parallel if big else matmul_serial)(parts, x_padded, out)
     return out[: len(x), :n_rows]
-
-
-def _pad_tokens(x: np.ndarray) -> np.ndarray:
-    if len(x) % 4 == 0:
-        return np.ascontiguousarray(x)
-    return np.concatenate([x, np.zeros((-len(x) % 4, x.shape[1]), f32)])
 
 
 # ---- the experts of a prompt ---------------------------------------------------------
@@ -167,32 +143,34 @@ def _pad_tokens(x: np.ndarray) -> np.ndarray:
 
 @compiled
 def _expert(gate, up, down, x):
-    """One expert for its tokens. Shapes: x (n, D), n padded to four -> (n, D)."""
+    """One expert for its tokens. Shapes: x padded (n, D) -> (n, D), padded."""
     n_f, n_d = gate[0].shape[0], down[0].shape[0]
-    hidden = np.empty((x.shape[0], padded(n_f)), f32)
-    raised = np.empty((x.shape[0], padded(n_f)), f32)
+    hidden = np.zeros((x.shape[0], padded(n_f, 8)), f32)
+    raised = np.empty((x.shape[0], padded(n_f, 4)), f32)
     multiply_rows(gate, x, 0, n_f, hidden)
     multiply_rows(up, x, 0, n_f, raised)
     for t in range(x.shape[0]):
         for f in range(n_f):
             hidden[t, f] = silu(hidden[t, f]) * raised[t, f]
-    y = np.empty((x.shape[0], padded(n_d)), f32)
-    multiply_rows(down, hidden[:, :n_f].copy(), 0, n_d, y)
+        hidden[t, n_f:] = f32(0)
+    y = np.empty((x.shape[0], padded(n_d, 4)), f32)
+    multiply_rows(down, hidden, 0, n_d, y)
     return y
 
 
 @serial_and_parallel
 def _experts(gate, up, down, slots, starts, tokens, shares, x, products):
+    d = x.shape[1]
     for i in prange(slots.size):
         mine = tokens[starts[i] : starts[i + 1]]
-        gathered = np.zeros((padded(mine.size), x.shape[1]), f32)
+        gathered = np.zeros((padded(mine.size, 4), padded(d, 8)), f32)
         for j in range(mine.size):
-            gathered[j] = x[mine[j]]
+            gathered[j, :d] = x[mine[j]]
         slot = slots[i]
         y = _expert(one_of(gate, slot), one_of(up, slot), one_of(down, slot), gathered)
         for j in range(mine.size):
-            for d in range(products.shape[1]):
-                products[starts[i] + j, d] = shares[starts[i] + j] * y[j, d]
+            for column in range(d):
+                products[starts[i] + j, column] = shares[starts[i] + j] * y[j, column]
 
 
 @compiled
@@ -239,15 +217,11 @@ def _delta_rule(s, q, k, v, decay, beta, out):
             g, write = decay[t, head], beta[t, head]
             for row in range(s.shape[1]):
                 memory = s[head, row]  # (Dk,)
-                recalled = f32(0)
-                for i in range(memory.size):
-                    recalled += memory[i] * key[i]
-                correction = (v[t, head, row] - g * recalled) * write
-                answer = f32(0)
+                recalled = g * dot(memory, key)
+                correction = (v[t, head, row] - recalled) * write
                 for i in range(memory.size):
                     memory[i] = g * memory[i] + correction * key[i]
-                    answer += memory[i] * query[i]
-                out[t, head, row] = answer
+                out[t, head, row] = dot(memory, query)
 
 
 delta_rule_serial, delta_rule_parallel = _delta_rule
