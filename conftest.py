@@ -21,6 +21,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
-    """Leave out what cannot be compared: warnings hold process numbers, SVG has dates."""
+    """Leave out what differs in each run: process numbers in warnings, dates in SVG."""
     if hasattr(collector, "skip_compare"):  # nbval's collector of a notebook
         collector.skip_compare += ("stderr", "image/svg+xml")

@@ -115,7 +115,7 @@ class ParameterCount:
         return self.total - self.routed
 
     def active(self, k: int | None = None) -> int:
-        """Parameters that one token touches with k experts a layer (default: trained)."""
+        """Parameters that one token touches with k experts a layer (or as trained)."""
         k = self.num_experts_per_tok if k is None else k
         return self.dense + self.num_hidden_layers * k * self.per_expert
 

@@ -18,7 +18,7 @@ LAYER_TYPES = ("linear_attention", "full_attention")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Qwen3.5-MoE text model; the comments give Qwen3.5-397B-A17B's values."""
+    """Shape of a Qwen3.5-MoE text model; comments give Qwen3.5-397B-A17B's values."""
 
     model_type: str  # qwen3_5_moe
     vocab_size: int  # 248,320 rows, of which 248,077 are real tokens
@@ -233,7 +233,7 @@ def _read_eos(raw: dict, text: dict, where: str) -> tuple[int, ...]:
                 continue
             if type(token) is not int or token < 0:
                 raise ConfigError(
-                    f"{where}: eos_token_id must be one or more token ids, got {value!r}"
+                    f"{where}: eos_token_id must be token ids, got {value!r}"
                 )
             ids.append(token)
     return tuple(dict.fromkeys(ids))

@@ -38,14 +38,14 @@ def load(
     """Open a model folder for generation.
 
     engine:   "numpy", "mlx", or "auto": mlx where it has a GPU, else numpy.
-    experts:  "stream" reads them in place from the checkpoint's own files, "packed" from
-              its packed_experts folder, "resident" keeps all of them in memory.
+    experts:  "stream" reads them in place from the checkpoint's own files, "packed"
+              from its packed_experts folder, "resident" keeps all of them in memory.
     k:        experts per token; fewer than trained reads less and answers worse.
     slots:    experts kept in memory for each layer (least recently used go); None keeps
               none beyond the layer at hand and leaves caching to the operating system.
     threads:  threads that read.
     compiled: False runs the numpy engine without Numba: the specification, slowly.
-    Raises: ConfigError, CheckpointError or ReadError, with one line that says what to do.
+    Raises: ConfigError, CheckpointError or ReadError, in one line that says what to do.
     """
     _check_choice("engine", engine, ENGINES)
     _check_choice("experts", experts, EXPERTS)
@@ -56,7 +56,7 @@ def load(
     if experts == "resident":
         if slots is not None:
             raise ConfigError(
-                "slots has no meaning with experts='resident', which keeps all in memory"
+                "slots has no meaning with experts='resident': all are in memory"
             )
         slots = config.num_experts
     engine = _choose_engine(engine)
@@ -163,7 +163,7 @@ class Model:
 
     @cached_property
     def tokenizer(self):
-        """The checkpoint's tokenizer. Raises: TokenizerError if its files are missing."""
+        """The checkpoint's tokenizer. Raises: TokenizerError if files are missing."""
         from .tokenizer import Tokenizer
 
         return Tokenizer.from_dir(self.path)

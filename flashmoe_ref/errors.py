@@ -10,7 +10,7 @@ class FlashMoeError(Exception):
 
 
 class ConfigError(FlashMoeError, ValueError):
-    """A config.json, preset or setting (K, slots, threads, bits) that cannot be used."""
+    """A config.json, preset or setting (K, slots, bits, ...) that cannot be used."""
 
 
 class CheckpointError(FlashMoeError, ValueError):

@@ -132,7 +132,7 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     return eights.astype(np.uint8).reshape(*rows, n)
 
 
-# ---- rules: how a group chooses its scale and bias ------------------------------------
+# ---- rules: how a group chooses its scale and bias -----------------------------------
 # Shapes of all three: groups (..., group_size) float32 -> scale, bias (..., 1) float32.
 
 
@@ -290,7 +290,7 @@ def infer_quantization(
     )
 
 
-# ---- working through big arrays in blocks of rows -------------------------------------
+# ---- working through big arrays in blocks of rows ------------------------------------
 
 
 def _encode(

@@ -1,8 +1,8 @@
 """Experts from disk into the engine's own memory, as the router picks them.
 
 A slot bank holds some experts of a layer; a store knows which expert is in which slot,
-reads missing ones with positioned reads straight into the slot (no copy in between), and
-evicts the least recently used. Resident experts are a bank with a slot for each.
+reads missing ones with positioned reads straight into the slot (no copy in between),
+and evicts the least recently used. Resident experts are a bank with a slot for each.
 **But:** one replacement policy, no prefetch. *Taught in notebooks/07.*
 
 Rules that keep this exact, whatever the slots and threads: a short read is an error,
