@@ -31,13 +31,15 @@ KERNEL_FILES = (
 def _candidates() -> list[Path]:
     if os.environ.get("NUMBA_CACHE_DIR"):
         return [Path(os.environ["NUMBA_CACHE_DIR"])]
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    beside = Path(__file__).parent / "__pycache__"
-    return [beside / "kernels", Path(user_cache) / "flashmoe_ref" / "kernels"]
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folders = [Path(__file__).parent / "__pycache__"]
+    if os.path.isabs(user_cache):  # not in a container whose user has no home
+        folders.append(Path(user_cache) / "flashmoe_ref")
+    return [folder / "kernels" for folder in folders]
 
 
 def _cache_folder() -> Path | None:
-    """A writable folder for exactly this code, made if need be; older ones go."""
+    """A writable folder for exactly this code, made if need be."""
     here = Path(__file__).parent
     sources = [(here / name).read_bytes() for name in KERNEL_FILES]
     digest = hashlib.sha256(b"\0".join(sources)).hexdigest()[:12]
@@ -48,8 +50,8 @@ def _cache_folder() -> Path | None:
             tempfile.TemporaryFile(dir=folder).close()  # raises if not writable
         except OSError:
             continue
-        for other in parent.glob("flashmoe-*"):
-            if other != folder:
+        if parent.is_relative_to(here):  # elsewhere, other installations may live
+            for other in set(parent.glob("flashmoe-*")) - {folder}:
                 shutil.rmtree(other, ignore_errors=True)
         return folder
     return None
