@@ -45,7 +45,7 @@ Parts = tuple[np.ndarray, ...]  # (weight, scales, biases), or (weight,) of floa
 # Waking a second thread takes microseconds, but where another program holds its core,
 # the step waits for that program's time slice: 4 to 8 ms. So it must be worth a lot.
 PARALLEL_BYTES = 4 << 20
-BLOCK_ROWS = 32  # rows that a thread takes at a time
+BLOCK_ROWS = 64  # rows that a thread takes at a time
 
 f32, u32 = np.float32, np.uint32
 

@@ -158,7 +158,7 @@ def each_thread_count():
     numba.set_num_threads(before)
 
 
-@pytest.mark.parametrize("rows", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
 def test_threads_change_no_bit(rows, each_thread_count):
     matrix = prepare(quantize(normal(rows, 192).astype(BF16), 4))
     x, want = normal(192, seed=1), np.empty(rows, np.float32)
