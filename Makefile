@@ -21,7 +21,10 @@ help:
 $(VENV)/.has-%: pyproject.toml tools/setup.sh
 	@sh tools/setup.sh "$(VENV)" "$*" "$(PYTHON)"
 
+# The first run compiles the kernels (once a machine), so that the second shows the speed.
 demo: $(VENV)/.has-run
+	@$(BIN)/flashmoe generate --model $(MODEL) --max-tokens 3 --no-report \
+		"Good morning" >/dev/null
 	@$(BIN)/flashmoe generate --model $(MODEL) --max-tokens 120 \
 		--temperature 0.7 --seed 1 "Once upon a time there was"
 
