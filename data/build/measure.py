@@ -15,15 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from heldout import (
-    book_loss,
-    exact_matches,
-    load_held,
-    load_pools,
-    make_examples,
-    wilson,
-)
+from heldout import load_pools, make_examples, wilson
 from model import quantize, set_k
+from scoring import book_loss, exact_matches, load_held
 from tokenizers import Tokenizer
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeForCausalLM
 

@@ -20,17 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from heldout import (
-    WIDTH,
-    book_loss,
-    exact_matches,
-    load_held,
-    load_pools,
-    make_examples,
-    summarize,
-)
+from heldout import WIDTH, load_pools, make_examples, summarize
 from model import RouterLog, balance_loss, make_config, make_model
 from render import ANSWER, PROMPT
+from scoring import book_loss, exact_matches, load_held
 from tokenizers import Tokenizer
 
 PEAK_RATE = 2e-3  # AdamW
