@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FunctionType
 
 import numba
+from filelock import FileLock
 from numba.core.event import Event, Listener, register
 
 KERNEL_FILES = (
@@ -70,7 +71,7 @@ def compiled(function: Callable, **options: bool) -> Callable:
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(CACHE_FOLDER or "")
     try:
-        return numba.njit(
+        kernel = numba.njit(
             error_model="numpy",
             nogil=True,
             cache=CACHE_FOLDER is not None,
@@ -78,6 +79,26 @@ def compiled(function: Callable, **options: bool) -> Callable:
         )(function)
     finally:
         numba.config.CACHE_DIR = before
+    if CACHE_FOLDER is not None:
+        _save_one_at_a_time(kernel)
+    return kernel
+
+
+def _save_one_at_a_time(kernel: Callable) -> None:
+    """Let no two processes save kernels at once.
+
+    Numba numbers the files of a function's kernels without a lock. Two processes that
+    compile it for different types may choose the same number, and a later one would run
+    machine code made for other types.
+    """
+    cache_file = kernel._cache._cache_file
+    save = cache_file.save
+
+    def save_locked(key: object, data: object) -> None:
+        with FileLock(CACHE_FOLDER / "lock"):
+            save(key, data)
+
+    cache_file.save = save_locked
 
 
 def serial_and_parallel(function: Callable) -> tuple[Callable, Callable]:
