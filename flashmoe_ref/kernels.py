@@ -34,6 +34,7 @@ from .vectors import (
     float_of_half,
     load8,
     multiply_add8,
+    prefetch,
     silu,
     splat8,
     sum8,
@@ -46,6 +47,9 @@ Parts = tuple[np.ndarray, ...]  # (weight, scales, biases), or (weight,) of floa
 # the step waits for that program's time slice: 4 to 8 ms. So it must be worth a lot.
 PARALLEL_BYTES = 4 << 20
 BLOCK_ROWS = 64  # rows that a thread takes at a time
+# How far ahead weights are asked for. CPUs do so by themselves, but not past the end of
+# a 4 KB page; without this, reading from memory is a third slower.
+AHEAD_BYTES = 4096
 
 f32, u32 = np.float32, np.uint32
 
@@ -130,6 +134,9 @@ def _rows_of_width(bits: int):
             total, total_other = zero8(), zero8()
             bias, bias_other = f32(0), f32(0)
             for group in range(n_groups):
+                ahead = group * chunks * chunk_bytes + AHEAD_BYTES
+                prefetch(packed, ahead)
+                prefetch(packed_other, ahead)
                 part, part_other = zero8(), zero8()
                 for i in range(group * chunks, (group + 1) * chunks):
                     at, x_at = i * chunk_bytes, i * CHUNK

@@ -158,6 +158,25 @@ def sum8(_typing, vector):
     return types.float32(float8), write_ir
 
 
+@intrinsic
+def prefetch(_typing, array, byte):
+    """Ask for the cache line at a byte of an array, or past its end: it never fails."""
+
+    def write_ir(context, builder, signature, args):
+        data = _pointer(context, builder, signature.args[0], args[0], _I32(0))
+        pointer = _I8.as_pointer()
+        at = builder.gep(builder.bitcast(data, pointer), [args[1]])
+        flags = [_I32(0), _I32(3), _I32(1)]  # to read, keep in all caches, data
+        function_type = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], function_type
+        )
+        builder.call(function, [at, *flags])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), write_ir
+
+
 @intrinsic(prefer_literal=True)
 def dot32(_typing, bits, packed, first_byte, x, first, total):
     """total + the products of 32 packed weights and 32 floats, summed into 8 lanes.
