@@ -7,7 +7,7 @@ small matrix, so a layer makes four calls instead of sixty.
     route   route_step                                -> h, the K experts, their weights
     shared  shared_expert_step, while experts are read           x += shared(h)
     experts `kernels.experts_step`                               x += sum of experts
-**But:** float32 activations and states; prefill goes through `layers.py`.
+**But:** float32 activations and states; a prompt goes through `prompt_kernels.py`.
 *Taught in notebooks/05.*
 
 Matrices are passed as `kernels.prepare` returns them, all else as float32 arrays.
@@ -174,18 +174,18 @@ def _attend(q, k, v, o):
     scale = f32(1 / np.sqrt(dh))
     for head in prange(n_heads):
         kv = head * n_kv // n_heads
-        scores = np.empty(n, f32)
-        largest = f32(-np.inf)
+        scores, largest, total = np.empty(n, f32), f32(-np.inf), f32(0)
         for t in range(n):
             scores[t] = dot(q[head], k[t, kv]) * scale
             largest = max(largest, scores[t])
-        total = f32(0)
-        for t in range(n):
+        for t in range(n):  # apart from the sum, so that it becomes vectors
             scores[t] = exp(scores[t] - largest)
-            total += scores[t]
         o[head] = f32(0)
         for t in range(n):
-            _add(o[head], v[t, kv], scores[t] / total)
+            total += scores[t]
+            _add(o[head], v[t, kv], scores[t])
+        for i in range(dh):
+            o[head, i] /= total
 
 
 _attend_serial, _attend_parallel = _attend
