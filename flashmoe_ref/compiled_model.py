@@ -18,6 +18,7 @@ from .compiled import announce_compiling
 from .config import ModelConfig
 from .kernels import prepare
 from .numpy_model import PROJECTIONS, Matrix, NumpyModel, State
+from .quantize import QuantizedMatrix
 from .streaming import ExpertStore
 
 PRODUCT_BYTES = 1 << 25  # rows that experts of a prompt produce before they are added
@@ -56,6 +57,13 @@ class CompiledModel(NumpyModel):
             "route": (w["post_attention_layernorm"], prepare(w["gate"])),
             "shared": tuple(prepare(w[name]) for name in shared),
         }
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Look tokens up. Shapes: ids (T,) -> (T, D)."""
+        rows = self.embed_tokens[ids]
+        if isinstance(rows, QuantizedMatrix):
+            return kernels.dequantize_f32(rows)
+        return super().embed(ids)
 
     def layer(self, layer: int, x: np.ndarray, state: State) -> np.ndarray:
         """One block: mix over time, then over experts. Shapes: x (T, D) -> (T, D)."""
