@@ -37,9 +37,9 @@ def main(prefixes: list[str]) -> int:
         start = time.perf_counter()
         old = nbformat.read(path, 4)
         new = execute(old)
+        clean(new)
         keep_equal_outputs(old, new)
         write_navigation(new, navigation(path, titles))
-        clean(new)
         nbformat.write(new, path)
         print(f"{path.name}: {time.perf_counter() - start:.1f} s", flush=True)
     return 0
@@ -152,10 +152,23 @@ def clean(notebook: nbformat.NotebookNode) -> None:
             continue
         count += 1
         cell.execution_count = count
+        cell.outputs = join_streams(cell.outputs)
         for output in cell.outputs:
             if "execution_count" in output:
                 output["execution_count"] = count
             output.get("data", {}).pop(WIDGET_VIEW, None)
+
+
+def join_streams(outputs: list) -> list:
+    """Make one output of pieces that were printed one after the other."""
+    joined: list = []
+    for output in outputs:
+        last = joined[-1] if joined else {}
+        if output.output_type == "stream" and last.get("name") == output.name:
+            last["text"] += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 if __name__ == "__main__":
