@@ -149,4 +149,5 @@ class CompiledModel(NumpyModel):
             return kernels.matvec(w, x[0])[None]
         return prompt_kernels.matmul(w, x)
 
+    route_topk = staticmethod(prompt_kernels.route_topk)
     delta_rule = staticmethod(prompt_kernels.delta_rule)

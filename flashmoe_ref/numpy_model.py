@@ -185,7 +185,7 @@ class NumpyModel:
         """
         w = self.layers[layer]
         router_logits = self.linear(h, w["gate"])
-        experts, weights = layers.route_topk(
+        experts, weights = self.route_topk(
             router_logits, self.config.num_experts_per_tok
         )
         if len(h) > 1:
@@ -235,8 +235,9 @@ class NumpyModel:
         h = layers.rms_norm(x, self.norm, self.config.rms_norm_eps)
         return self.linear(h, self.lm_head)
 
-    # How this engine applies a weight matrix, and the delta rule.
+    # How this engine applies a weight matrix, routes, and applies the delta rule.
     linear = staticmethod(linear)
+    route_topk = staticmethod(layers.route_topk)
     delta_rule = staticmethod(layers.delta_rule)
 
 

@@ -18,6 +18,7 @@ from numba.extending import overload
 from .compiled import compiled, serial_and_parallel
 from .kernels import DECODERS, WIDTHS, Parts, dot, one_of, prepare, widen
 from .quantize import QuantizedMatrix
+from .steps import pick_experts
 from .vectors import load8, multiply_add8, silu, sum8, zero8
 
 BUFFER_ROWS = 16  # rows decoded at a time: 256 KB at 4096 columns, within the L2 cache
@@ -136,6 +137,26 @@ def matmul(matrix: Parts | QuantizedMatrix | np.ndarray, x: np.ndarray) -> np.nd
     big = out.size * x.shape[1] >= PARALLEL_WORK
     (matmul_parallel if big else matmul_serial)(parts, x_padded, out)
     return out[: len(x), :n_rows]
+
+
+# ---- routing -------------------------------------------------------------------------
+
+
+@compiled
+def _route(logits, experts, weights):
+    for t in range(len(logits)):
+        pick_experts(logits[t], experts[t], weights[t])
+
+
+def route_topk(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`layers.route_topk`: k passes over a token's experts instead of a sort.
+
+    Shapes: logits (T, E) -> experts (T, k) int64 best first, weights (T, k).
+    """
+    experts = np.empty((len(logits), k), np.int64)
+    weights = np.empty(experts.shape, f32)
+    _route(logits.copy(), experts, weights)
+    return experts, weights
 
 
 # ---- the experts of a prompt ---------------------------------------------------------

@@ -237,19 +237,12 @@ def q_norm_heads(q_proj, dh):
 
 
 @compiled
-def route_step(x, norm, gate, k, eps):
-    """Normalize x and pick its k experts.
-
-    Shapes: x and norm (D,), gate (E, D) prepared -> h (D,), experts (k,) int64 best
-    first, weights (k,). Ties go to the lower id; weights sum to 1.
-    """
-    h = normalized(x, norm, eps)
-    p = product(gate, h, gate[0].shape[0])
+def pick_experts(p, experts, weights):
+    """`layers.route_topk` of one token; overwrites its router logits p (E,)."""
     largest = p.max()
     for e in range(p.size):
         p[e] = exp(p[e] - largest)
-    experts, weights = np.empty(k, np.int64), np.empty(k, f32)
-    for i in range(k):
+    for i in range(experts.size):
         best = 0
         for e in range(p.size):
             if p[e] > p[best]:
@@ -257,7 +250,20 @@ def route_step(x, norm, gate, k, eps):
         experts[i], weights[i] = best, p[best]
         p[best] = f32(-1)  # below every probability: not picked again
     # Dividing by the sum over all experts would cancel out here.
-    return h, experts, weights / weights.sum()
+    weights /= weights.sum()
+
+
+@compiled
+def route_step(x, norm, gate, k, eps):
+    """Normalize x and pick its k experts.
+
+    Shapes: x and norm (D,), gate (E, D) prepared -> h (D,), experts (k,) int64 best
+    first, weights (k,). Ties go to the lower id; weights sum to 1.
+    """
+    h = normalized(x, norm, eps)
+    experts, weights = np.empty(k, np.int64), np.empty(k, f32)
+    pick_experts(product(gate, h, gate[0].shape[0]), experts, weights)
+    return h, experts, weights
 
 
 @compiled

@@ -51,6 +51,18 @@ def test_a_token_gives_the_same_bits_in_any_company():
         np.testing.assert_array_equal(prompt_kernels.matmul(w, x[rows]), whole[rows])
 
 
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_routing(k):
+    logits = random(40, 12)
+    logits[:5] = np.round(logits[:5])  # ties
+    before = logits.copy()
+    experts, weights = prompt_kernels.route_topk(logits, k)
+    expected, expected_weights = layers.route_topk(logits, k)
+    np.testing.assert_array_equal(experts, expected)
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-5)
+    np.testing.assert_array_equal(logits, before)
+
+
 def bank_of(bits, n_slots=6, f=24, d=40):
     shapes = [(n_slots, f, d), (n_slots, f, d), (n_slots, d, f)]
     if bits == 16:
