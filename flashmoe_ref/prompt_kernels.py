@@ -22,8 +22,9 @@ from .steps import pick_experts
 from .vectors import load8, multiply_add8, silu, sum8, zero8
 
 BUFFER_ROWS = 16  # rows decoded at a time: 256 KB at 4096 columns, within the L2 cache
-# As in kernels.py: where another program holds a core, waking a thread costs 4 to 8 ms.
-PARALLEL_WORK = 1 << 27  # multiply-adds that are worth a second thread: about 6 ms
+# Waking a thread takes microseconds, but milliseconds where another program holds its
+# core (see kernels.py); a prompt makes few such calls, so they may be smaller here.
+PARALLEL_WORK = 1 << 25  # multiply-adds that are worth a second thread: about 1 ms
 
 f32 = np.float32
 
