@@ -113,11 +113,6 @@ class Checkpoint:
             values += 1.0
         return values
 
-    def lm_head(self) -> np.ndarray | QuantizedMatrix:
-        """Read the output matrix (V, D); the embedding where the model ties them."""
-        tied = self.config.tie_word_embeddings
-        return self.module("embed_tokens" if tied else "lm_head")
-
     def _check_shapes(self) -> None:
         for modules in module_shapes(self.config).values():
             for name, shape in modules.items():

@@ -1,8 +1,9 @@
 """load(): a folder of files -> a model that runs, on one of two engines.
 
 The engine is NumPy (compiled for the CPU with Numba) or MLX (Apple GPU, CUDA or CPU);
-the experts are resident, streamed in place, or streamed from packed files. All
-combinations give the same logits. *Taught in notebooks/00 and 04.*
+the experts are resident, streamed in place, or streamed from packed files. On one
+engine all of these give the same logits to the bit; the engines agree up to rounding.
+*Taught in notebooks/00 and 04.*
 """
 
 import time
