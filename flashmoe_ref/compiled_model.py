@@ -8,6 +8,7 @@ against which it is tested. **But:** compiling takes some seconds, once a machin
 
 import sys
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 from tqdm import tqdm
@@ -29,13 +30,19 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SHARED = ("shared_gate_proj", "shared_up_proj", "shared_down_proj")
 
 
+@cache  # one note a process, however many models it loads
+def announce() -> None:
+    """Say so on standard error if kernels have to be compiled."""
+    announce_compiling(lambda note: tqdm.write(note, file=sys.stderr))
+
+
 class CompiledModel(NumpyModel):
     """`NumpyModel` with the same results up to rounding, compiled."""
 
     def __init__(
         self, checkpoint: Checkpoint, store: ExpertStore, config: ModelConfig
     ) -> None:
-        announce_compiling(lambda note: tqdm.write(note, file=sys.stderr))
+        announce()
         super().__init__(checkpoint, store, config)
         n_layers = range(config.num_hidden_layers)
         self.steps = [self._prepare_layer(layer) for layer in n_layers]
