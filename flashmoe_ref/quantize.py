@@ -105,13 +105,15 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
             f"cannot pack values {values.min()}..{values.max()} into {bits} bits; "
             f"they must lie in 0..{(1 << bits) - 1}"
         )
-    # Whatever the width, eight values fill exactly `bits` bytes.
-    eights = values.reshape(*rows, n // 8, 8)  # (..., n/8, 8)
-    stream = np.zeros(eights.shape[:-1], "<u8")  # (..., n/8)
-    for i in range(8):
-        stream |= eights[..., i].astype(np.uint64) << np.uint64(i * bits)
-    used = stream[..., None].view(np.uint8)[..., :bits]  # (..., n/8, bits) bytes
-    return np.ascontiguousarray(used).reshape(*rows, n * bits // 8).view("<u4")
+    eights = np.ascontiguousarray(values, np.uint8).reshape(-1, 8)  # (n/8, 8) bytes
+    stream = eights.view("<u8").copy()  # (n/8, 1)
+    for lane in (8, 16, 32):  # 8 fields become 4, then 2, then 1
+        used, low, high = _fields(bits, lane)
+        upper = (stream >> np.uint64(lane - used)) & (high >> np.uint64(lane - used))
+        stream &= low
+        stream |= upper
+    packed = _copy_bytes(stream.view(np.uint8), np.empty((len(stream), bits), np.uint8))
+    return packed.reshape(*rows, n * bits // 8).view("<u4")
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
@@ -121,15 +123,33 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     """
     _check_settings(bits)
     *rows, n_words = words.shape
-    n = n_words * 32 // bits
-    used = np.ascontiguousarray(words).view(np.uint8)
-    used = used.reshape(*rows, n // 8, bits)  # (..., n/8, bits) bytes
-    stream = np.zeros((*used.shape[:-1], 8), np.uint8)
-    stream[..., :bits] = used
-    shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
-    mask = np.uint64((1 << bits) - 1)
-    eights = (stream.view("<u8") >> shifts) & mask  # (..., n/8, 8)
-    return eights.astype(np.uint8).reshape(*rows, n)
+    packed = np.ascontiguousarray(words).view(np.uint8).reshape(-1, bits)
+    # Whatever the width, eight values fill exactly `bits` bytes: one uint64 holds them.
+    stream = _copy_bytes(packed, np.zeros((len(packed), 8), np.uint8)).view("<u8")
+    for lane in (32, 16, 8):  # 1 field becomes 2, then 4, then 8
+        used, low, high = _fields(bits, lane)
+        upper = (stream << np.uint64(lane - used)) & high
+        stream &= low
+        stream |= upper
+    return stream.view(np.uint8).reshape(*rows, n_words * 32 // bits)
+
+
+def _fields(bits: int, lane: int) -> tuple[int, np.uint64, np.uint64]:
+    """Used bits of each lane of a uint64, and masks of them in even and odd lanes.
+
+    A lane of 8, 16 or 32 bits holds 1, 2 or 4 values in its lowest bits. Moving the odd
+    lanes down onto the even ones packs eight values at once; moving them up unpacks.
+    """
+    used = bits * lane // 8
+    low = sum((1 << used) - 1 << at for at in range(0, 64, 2 * lane))
+    return used, np.uint64(low), np.uint64(low << lane)
+
+
+def _copy_bytes(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Copy columns of bytes, as many as both have; faster than rows so short."""
+    for i in range(min(source.shape[1], target.shape[1])):
+        target[:, i] = source[:, i]
+    return target
 
 
 # ---- rules: how a group chooses its scale and bias -----------------------------------
@@ -170,13 +190,15 @@ def least_squares_rule(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.nd
     """
     scale, bias = minmax_rule(groups, bits)
     mean = groups.mean(-1, keepdims=True)
+    centred = groups - mean
     for _ in range(LEAST_SQUARES_ROUNDS):
         q = nearest_levels(groups, scale, bias, bits)
         q_mean = q.mean(-1, keepdims=True)
-        spread = np.square(q - q_mean).sum(-1, keepdims=True)
-        slope = ((q - q_mean) * (groups - mean)).sum(-1, keepdims=True)
+        # sum (q - q_mean)^2 and sum (q - q_mean) (w - mean), without the differences
+        spread = np.vecdot(q, q)[..., None] - q.shape[-1] * np.square(q_mean)
+        slope = np.vecdot(q, centred)[..., None]
         # Where all q are equal there is no slope to fit: keep the old scale.
-        fits = np.abs(slope) > MIN_SCALE * spread
+        fits = (spread > 0) & (np.abs(slope) > MIN_SCALE * spread)
         scale = np.divide(slope, spread, out=scale, where=fits)
         bias = mean - scale * q_mean
     return scale, bias
@@ -189,11 +211,13 @@ def nearest_levels(
     groups: np.ndarray, scale: np.ndarray, bias: np.ndarray, bits: int
 ) -> np.ndarray:
     """The integer of each weight, still as float32: ties round to even, as in MLX."""
+    levels = groups - bias
     with np.errstate(invalid="ignore"):
-        levels = np.rint((groups - bias) / scale)
-    # fmax turns NaN into 0: 0 / 0 in a constant group too large for any finite scale.
-    np.fmax(levels, 0, out=levels)
-    return np.fmin(levels, 2**bits - 1, out=levels)
+        levels /= scale
+    np.rint(levels, out=levels)
+    if not scale.all():  # 0 / 0 in a constant group too large for any finite scale
+        np.fmax(levels, 0, out=levels)  # turns NaN into 0
+    return np.clip(levels, 0, 2**bits - 1, out=levels)
 
 
 def quantize(
@@ -237,9 +261,9 @@ def dequantize(matrix: QuantizedMatrix, dtype: np.dtype = np.float32) -> np.ndar
         part = packed[block]
         q = unpack(part.weight, part.bits)  # (block, in)
         q = q.reshape(*part.scales.shape, part.group_size)  # (block, groups, size)
-        scale, bias = part.scales[..., None], part.biases[..., None]
-        decoded = q.astype(dtype) * scale.astype(dtype) + bias.astype(dtype)
-        rows[block] = decoded.reshape(len(q), -1)
+        decoded = rows[block].reshape(q.shape)  # shares memory too
+        np.multiply(q.astype(dtype), part.scales[..., None].astype(dtype), out=decoded)
+        decoded += part.biases[..., None].astype(dtype)
     return weights
 
 
