@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .accounting import count_parameters, expert_bytes
+from . import layers
+from .accounting import count_parameters, expert_bytes, kv_cache_bytes
 from .config import PRESETS
 
 BIG = PRESETS["qwen3.5-397b-a17b"]
@@ -94,9 +95,27 @@ def _greedy() -> Cases:
     return [((Counting(), [1, 2], 3), [3, 4, 5]), ((Counting(), [9], 1), [10])]
 
 
+def _decode_attention() -> Cases:
+    rng = np.random.default_rng(0)
+    cases = []
+    for n_heads, n_kv, n in ((4, 2, 5), (6, 2, 1), (3, 3, 7)):
+        q, (k, v) = rng.normal(size=(n_heads, 8)), rng.normal(size=(2, n, n_kv, 8))
+        cases.append(((q, k, v), layers.attend(q[None], k, v)[0]))
+    return cases
+
+
+def _tokens_that_fit() -> Cases:
+    return [
+        ((config, n_bytes, width), n_bytes // kv_cache_bytes(config, 1, width))
+        for config, n_bytes, width in ((BIG, 10**9, 2), (MIDDLE, 24 * 10**9, 1))
+    ]
+
+
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
+    "2.1": _decode_attention,
+    "2.2": _tokens_that_fit,
     "4.1": _active_parameters,
     "4.2": _greedy,
 }
