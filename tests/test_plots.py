@@ -2,6 +2,7 @@
 
 import ast
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -43,7 +44,7 @@ def _every_form() -> dict[str, Axes]:
     return {
         "lines": plots.lines(
             {f"name {i}": (xs, xs ** (i / 3)) for i in range(5)},
-            title="A finding that takes more than one line, since it says what was found",
+            title="A finding that needs more than one line, as sentences often do",
             x="experts kept (K)",
             y="loss (nats)",
         ),
@@ -103,8 +104,7 @@ def test_names_of_ticks_do_not_overlap() -> None:
         ax.figure.canvas.draw()
         for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
             boxes = [t.get_window_extent() for t in labels if t.get_text()]
-            pairs = zip(boxes, boxes[1:], strict=False)
-            assert not any(a.overlaps(b) for a, b in pairs), form
+            assert not any(a.overlaps(b) for a, b in pairwise(boxes)), form
 
 
 # --- the forms ------------------------------------------------------------------------
@@ -183,9 +183,8 @@ def test_mark_stands_at_its_place() -> None:
     assert ax.lines[1].get_xdata() == [3, 3]
     assert ax.lines[2].get_ydata() == [5, 5]
     assert [text.get_text() for text in ax.texts] == ["three", "five"]
-    assert (
-        plots.lines({"b": ([0], [1])}, ax=ax).lines[-1].get_color() == plots.COLOURS[1]
-    )
+    plots.lines({"b": ([0], [1])}, ax=ax)
+    assert ax.lines[-1].get_color() == plots.COLOURS[1]  # marks do not count
 
 
 @pytest.mark.parametrize(
