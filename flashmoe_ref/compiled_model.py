@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from tqdm import tqdm
 
-from . import kernels, layers, prompt_kernels, steps
+from . import kernels, layers, prompt_kernels, recording, steps
 from .checkpoint import Checkpoint
 from .compiled import announce_compiling
 from .config import ModelConfig
@@ -81,8 +81,11 @@ class CompiledModel(NumpyModel):
         h, experts, weights = steps.route_step(
             x, *own["route"], self.config.num_experts_per_tok, self.config.rms_norm_eps
         )
+        recorder = self.store.recorder
+        recorder.routed(experts, weights)
         ticket = self.store.request(layer, experts.tolist())
         steps.shared_expert_step(x, h, *own["shared"])
+        recorder.lap(recording.SHARED)
         slots = np.array(ticket.wait())
         kernels.experts_step(self.banks[layer], slots, weights, h, x)
         return x[None]
@@ -126,6 +129,7 @@ class CompiledModel(NumpyModel):
                 h,
                 y,
             )
+            self.store.recorder.lap(recording.EXPERTS)
         return y
 
     def _waves(self, starts: np.ndarray, d: int) -> Iterator[tuple[int, int]]:

@@ -32,6 +32,7 @@ import numpy as np
 
 from . import layers as reference
 from . import mlx_layers as layers
+from . import recording
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import ConfigError
@@ -179,13 +180,18 @@ class MlxModel:
         Raises: ConfigError for ids outside the vocabulary, none, or too many in all.
         """
         check_ids(ids, state.n_tokens, self.config)
+        recorder = self.store.recorder
+        recorder.begin(ids, state.n_tokens)
         x = self.embed(np.asarray(ids))
         for layer in range(self.config.num_hidden_layers):
+            recorder.layer(layer)
             x = self.layer(layer, x, state)
+        recorder.layer(recording.NO_LAYER)
         state.n_tokens += len(ids)
         logits = self.logits(x if all_logits else x[-1:])
         self.wait(logits, [layer.arrays for layer in state.layers])
         logits = np.array(logits, copy=False)
+        recorder.end()
         return logits if all_logits else logits[0]
 
     def embed(self, ids: np.ndarray) -> mx.array:
@@ -224,10 +230,14 @@ class MlxModel:
         mx.async_eval(router_logits)
         shared = layers.shared_expert(h, w)
         mx.async_eval(shared)  # queued behind the logits, which do not wait for it
+        recorder = self.store.recorder
+        recorder.lap(recording.MIX)
         self.wait(router_logits)
+        recorder.lap(recording.SYNC)
         experts, weights = reference.route_topk(
             np.array(router_logits, copy=False), self.config.num_experts_per_tok
         )
+        recorder.routed(experts, weights)
         if len(h) > 1:
             return self.experts_of_prompt(layer, h, experts, weights) + shared
         ticket = self.store.request(layer, experts[0].tolist())
@@ -265,6 +275,7 @@ class MlxModel:
             slot_of = np.full(self.config.num_experts, -1)
             slot_of[wave] = slots
             outputs = self.wave(layer, h, slot_of[experts], outputs)
+            self.store.recorder.lap(recording.EXPERTS)
         outputs = outputs.reshape(t, k, -1).astype(mx.float32)
         return (mx.array(weights)[:, None] @ outputs).squeeze(1).astype(h.dtype)
 

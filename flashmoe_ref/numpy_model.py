@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import layers
+from . import layers, recording
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import ConfigError
@@ -148,11 +148,16 @@ class NumpyModel:
         Raises: ConfigError for ids outside the vocabulary, none, or too many in all.
         """
         check_ids(ids, state.n_tokens, self.config)
+        recorder = self.store.recorder
+        recorder.begin(ids, state.n_tokens)
         x = self.embed(np.asarray(ids))
         for layer in range(self.config.num_hidden_layers):
+            recorder.layer(layer)
             x = self.layer(layer, x, state)
+        recorder.layer(recording.NO_LAYER)
         state.n_tokens += len(ids)
         logits = self.logits(x if all_logits else x[-1:])
+        recorder.end()
         return logits if all_logits else logits[0]
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -188,12 +193,14 @@ class NumpyModel:
         experts, weights = self.route_topk(
             router_logits, self.config.num_experts_per_tok
         )
+        self.store.recorder.routed(experts, weights)
         if len(h) > 1:
             return self.experts_of_prompt(layer, h, experts, weights) + (
                 layers.shared_expert(h, w, self.linear)
             )
         ticket = self.store.request(layer, experts[0].tolist())
         shared = layers.shared_expert(h, w, self.linear)
+        self.store.recorder.lap(recording.SHARED)
         return self.experts_of_token(layer, h, ticket.wait(), weights[0]) + shared
 
     def experts_of_token(
@@ -223,6 +230,7 @@ class NumpyModel:
                 tokens, ranks = np.nonzero(experts == expert)
                 share = weights[tokens, ranks, None]
                 y[tokens] += share * self.expert(bank, slot, h[tokens])
+            self.store.recorder.lap(recording.EXPERTS)
         return y
 
     def expert(self, bank: SlotBank, slot: int, x: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from .config import ModelConfig
 from .errors import ConfigError, ReadError
 from .experts import ExpertFiles, ExpertFormat
 from .quantize import QuantizedMatrix
+from .recording import REQUEST, SILENT, WAIT, Silent
 
 MAX_READ_BYTES = 1 << 30  # one preadv of more than 2 GB fails on macOS
 INLINE_BYTES = 1 << 20  # fewer missing bytes are read at once: handing over costs more
@@ -119,6 +120,7 @@ class Ticket:
     _futures: list[Future] = field(default_factory=list)
     _cache: LruSlots | None = None
     _counters: Counters | None = None
+    _recorder: Silent = SILENT
 
     def wait(self) -> list[int]:
         """Block until all experts are in their slots; returns the slots.
@@ -139,6 +141,7 @@ class Ticket:
         finally:
             self._futures = []
             self._counters.wait_s += time.perf_counter() - start
+            self._recorder.lap(WAIT)
         return self.slots
 
 
@@ -174,6 +177,7 @@ class ExpertStore:
         self.n_layers = config.num_hidden_layers
         self.capacity = k if slots is None else slots  # experts per request
         self.counters = Counters()
+        self.recorder = SILENT  # see trace.record
         self._banks = self._make_banks(allocate)
         n_caches = 1 if slots is None else self.n_layers
         self._caches = [LruSlots(self.capacity) for _ in range(n_caches)]
@@ -222,9 +226,11 @@ class ExpertStore:
             self._caches[0] = LruSlots(self.capacity)
         cache = self._caches[0 if self.slots is None else layer]
         slots, missing = cache.assign(experts)
-        counters = self.counters
+        counters, recorder = self.counters, self.recorder
+        recorder.requested(experts, missing)
         counters.hits += len(experts) - len(missing)
         if not missing:
+            recorder.lap(REQUEST)
             return Ticket(slots)
         fmt, n_runs = self.files.formats[layer], len(self.files.runs[layer])
         n_bytes = len(missing) * fmt.n_bytes
@@ -233,13 +239,16 @@ class ExpertStore:
         counters.bytes_read += n_bytes
         jobs = [(expert, cache.slots[expert]) for expert in missing]
         if n_bytes <= self.inline_bytes:
+            recorder.lap(REQUEST)
             self._read_now(layer, jobs, cache, missing)
+            recorder.lap(WAIT)
             return Ticket(slots)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads, "flashmoe-read")
         shares = [jobs[i :: self.threads] for i in range(min(self.threads, len(jobs)))]
         futures = [self._pool.submit(self._read_all, layer, share) for share in shares]
-        return Ticket(slots, missing, futures, cache, counters)
+        recorder.lap(REQUEST)
+        return Ticket(slots, missing, futures, cache, counters, recorder)
 
     def _read_now(
         self, layer: int, jobs: list[tuple[int, int]], cache: LruSlots, missing: list
@@ -254,7 +263,8 @@ class ExpertStore:
 
     def _read_all(self, layer: int, jobs: list[tuple[int, int]]) -> float:
         """Read some experts into their slots; returns the seconds it took."""
-        start = time.perf_counter()
+        recorder = self.recorder
+        start = now = time.perf_counter()
         for expert, slot in jobs:
             views = self._banks[layer].views[slot]
             for run in self.files.runs[layer]:
@@ -267,6 +277,9 @@ class ExpertStore:
                         f"{layer} failed ({error.strerror or error}); was the file "
                         f"changed? check it with 'flashmoe verify'"
                     ) from None
+            if recorder.times:
+                began, now = now, time.perf_counter()
+                recorder.read(layer, expert, began, now)
         return time.perf_counter() - start
 
     def fill(self) -> None:

@@ -1,0 +1,143 @@
+"""What engines and store tell while a run is recorded, kept as cheaply as possible.
+
+An engine announces each step (one forward call), its layers and what the router picked;
+the store says which experts it had and times its reads. Time on the computing thread is
+cut into spans by laps: `lap(kind)` ends the span that the lap before began. **But:**
+raw lists only; `trace.py` makes arrays and figures of them. *Taught in notebooks/07.*
+
+A recorder looks and never touches, so results are the same to the bit. The store holds
+SILENT while nobody records: its methods do nothing.
+"""
+
+from collections.abc import Sequence
+from threading import get_ident
+from time import perf_counter
+
+import numpy as np
+
+# What the computing thread did, in the order of a layer.
+KINDS = (
+    "embed",  # look up the tokens
+    "mix",  # attention or Gated DeltaNet, and the router
+    "sync",  # Python waits for MLX to compute the router's logits
+    "request",  # find slots, hand reads over
+    "wait",  # stand still for reads, or read
+    "shared",  # the shared expert, while threads read
+    "experts",  # routed experts; for a prompt also the shared one
+    "head",  # logits
+)
+EMBED, MIX, SYNC, REQUEST, WAIT, SHARED, EXPERTS, HEAD = range(len(KINDS))
+BEGIN = len(KINDS)  # the lap that begins a step; it ends no span
+NO_LAYER = -1
+
+
+class Silent:
+    """A recorder that keeps nothing."""
+
+    times = False
+
+    def begin(self, ids: Sequence[int], position: int) -> None:
+        """A step begins: these tokens, after `position` earlier ones of the text."""
+
+    def layer(self, layer: int) -> None:
+        """Layer `layer` begins; NO_LAYER: the last one has ended."""
+
+    def routed(self, experts: np.ndarray, weights: np.ndarray) -> None:
+        """The router's picks in this layer. Shapes: both (T, K), or (K,) of a token."""
+
+    def requested(self, experts: Sequence[int], missing: Sequence[int]) -> None:
+        """The store was asked for experts; missing ones will be read."""
+
+    def lap(self, kind: int) -> None:
+        """The computing thread has just done this, since the lap before."""
+
+    def read(self, layer: int, expert: int, start_s: float, end_s: float) -> None:
+        """This thread has read an expert. Called only where `times` is true."""
+
+    def end(self) -> None:
+        """The step is complete."""
+
+
+SILENT = Silent()
+
+
+class Recorder(Silent):
+    """Keeps what it is told: 6 bytes a pick, and with times some 100 bytes a read."""
+
+    def __init__(self, n_layers: int, k: int, times: bool = True) -> None:
+        self.times = times
+        self.ids: list[int] = []
+        self.steps: list[tuple[int, int]] = []  # tokens, tokens before them
+        self.picks = np.zeros((64, n_layers, k), np.uint16)  # grows
+        self.weights = np.zeros((64, n_layers, k), np.float32)
+        self.hits = bytearray()  # 1 or 0 for each expert that the store was asked for
+        self.laps: list[tuple[int, int, float]] = []  # kind, layer, seconds
+        self.reads: list[tuple[int, int, int, float, float]] = []
+        self.thread = get_ident()  # the computing one
+        self._rows = slice(0, 0)  # of the step under way
+        self._layer = NO_LAYER
+        self._whole = (0, 0, 0, 0)  # lengths of the lists after the last whole step
+        self._is_open = False
+
+    def begin(self, ids: Sequence[int], position: int) -> None:
+        """Make room for a step."""
+        self.drop_unfinished()
+        self._is_open = True
+        self._rows = slice(len(self.ids), len(self.ids) + len(ids))
+        self.ids.extend(ids)
+        while len(self.ids) > len(self.picks):
+            self.picks = np.concatenate([self.picks, np.zeros_like(self.picks)])
+            self.weights = np.concatenate([self.weights, np.zeros_like(self.weights)])
+        self.steps.append((len(ids), position))
+        self._layer = NO_LAYER
+        self.lap(BEGIN)
+
+    def layer(self, layer: int) -> None:
+        """End the layer before, or the embedding."""
+        self.lap(EMBED if self._layer == NO_LAYER else EXPERTS)
+        self._layer = layer
+
+    def routed(self, experts: np.ndarray, weights: np.ndarray) -> None:
+        """Copy the picks."""
+        if self._is_open and self._layer != NO_LAYER:
+            self.picks[self._rows, self._layer] = experts
+            self.weights[self._rows, self._layer] = weights
+            self.lap(MIX)
+
+    def requested(self, experts: Sequence[int], missing: Sequence[int]) -> None:
+        """Note for each expert whether it was there."""
+        if not self._is_open:
+            return
+        if not missing:
+            self.hits += b"\1" * len(experts)
+        elif len(missing) == len(experts):
+            self.hits += bytes(len(experts))
+        else:
+            absent = set(missing)
+            self.hits += bytes([expert not in absent for expert in experts])
+
+    def lap(self, kind: int) -> None:
+        """Look at the clock."""
+        if self.times and self._is_open:
+            self.laps.append((kind, self._layer, perf_counter()))
+
+    def read(self, layer: int, expert: int, start_s: float, end_s: float) -> None:
+        """Note a read; several threads call this at once."""
+        self.reads.append((layer, expert, get_ident(), start_s, end_s))
+
+    def end(self) -> None:
+        """Keep the step."""
+        self.lap(HEAD)
+        self._is_open = False
+        self._whole = self._lengths()
+
+    def drop_unfinished(self) -> None:
+        """Forget a step that an error ended; its reads did happen and stay."""
+        if self._is_open:
+            n_ids, n_steps, n_hits, n_laps = self._whole
+            del self.ids[n_ids:], self.steps[n_steps:]
+            del self.hits[n_hits:], self.laps[n_laps:]
+            self._is_open = False
+
+    def _lengths(self) -> tuple[int, int, int, int]:
+        return len(self.ids), len(self.steps), len(self.hits), len(self.laps)
