@@ -34,6 +34,8 @@ from .shards import NewModule, NewTensor, plan_shards
 
 Width = tuple[int, int]  # bits, group size
 
+BLOCK_BYTES = 1 << 20  # of words: small experts are worked on many at a time
+
 
 def requantize(
     model_dir: str | Path,
@@ -150,14 +152,22 @@ def _requantized(
             f"{width[1]}; give a group size that divides them"
         )
     tensors = quantized_tensors(path, shape, scales[0].dtype, width)
-    experts = zip(*pieces, strict=True)
-    blocks = tuple(partial(_requantize_expert, e, change) for e in experts)
+    experts = [*zip(*pieces, strict=True)]
+    step = max(1, BLOCK_BYTES // words[0].n_bytes)
+    blocks = tuple(
+        partial(_requantize_experts, experts[i : i + step], change)
+        for i in range(0, len(experts), step)
+    )
     return NewModule(tensors, int(np.prod(shape)), blocks)
 
 
-def _requantize_expert(
-    infos: tuple[TensorInfo, ...], change: tuple[Width, Width, str]
+def _requantize_experts(
+    experts: list[tuple[TensorInfo, ...]], change: tuple[Width, Width, str]
 ) -> tuple[np.ndarray, ...]:
     old, (bits, group_size), rule = change
-    matrix = QuantizedMatrix(*(read_tensor(info) for info in infos), *old)
+    parts = (
+        np.stack([read_tensor(info) for info in infos])
+        for infos in zip(*experts, strict=True)
+    )
+    matrix = QuantizedMatrix(*parts, *old)
     return arrays(quantize.requantize(matrix, bits, group_size, rule))
