@@ -75,9 +75,9 @@ def figure(
     return plt.subplots(n_rows, n_cols, figsize=size, layout="constrained")
 
 
-def png(drawn: Figure | Axes) -> bytes:
-    """Make a PNG of a figure and close it: what an Image widget shows."""
-    fig = drawn.figure if isinstance(drawn, Axes) else drawn
+def png(drawn: Axes | np.ndarray) -> bytes:
+    """Make a PNG of a figure, given its Axes, and close it: for an Image widget."""
+    fig = np.ravel(drawn)[0].figure
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", bbox_inches="tight")
     plt.close(fig)
@@ -119,8 +119,9 @@ def lines(
             linestyle=DASHES[number % len(DASHES)],
             markevery=(number * step // 4 % step, step),
         )
-    _scale(ax.xaxis, log_x, [line.get_xdata() for line in _named(ax)])
-    _scale(ax.yaxis, log_y, [])
+    every_x = np.concatenate([[], *(line.get_xdata() for line in _named(ax))])
+    _scale(ax.xaxis, log_x, np.unique(every_x))
+    _scale(ax.yaxis, log_y)
     if len(_named(ax)) > 1:
         _legend(ax, sorted(_named(ax), key=_height_of_end, reverse=True))
     return _texts(ax, title, x, y)
@@ -156,11 +157,13 @@ def bars(
             edgecolor="white",
             label=name,
         )
-        ax.bar_label(drawn, [short(h) for h in heights], padding=2, fontsize=TICK_PT)
+        room_in = width * _width_in(ax) * 0.7 / len(groups)
+        labels, turn = _bar_labels(heights, room_in)
+        ax.bar_label(drawn, labels, padding=2, fontsize=TICK_PT, rotation=turn)
     ax.grid(False, axis="x")
     chars = int(_width_in(ax) * 8 / len(groups))
     ax.set_xticks(range(len(groups)), [_wrap(group, chars) for group in groups])
-    _scale(ax.yaxis, log_y, [])
+    _scale(ax.yaxis, log_y)
     ax.margins(y=0.12)
     if grouped:
         _legend(ax, ax.containers)
@@ -185,8 +188,8 @@ def histogram(
         ax.axvline(level, color=VERMILLION, lw=1.6, ls="--", label=label)
     if levels is not None:
         _legend(ax, ax.get_legend_handles_labels()[0])
-    _scale(ax.xaxis, False, [])
-    _scale(ax.yaxis, False, [])
+    _scale(ax.xaxis, False)
+    _scale(ax.yaxis, False)
     return _texts(ax, title, x, y)
 
 
@@ -201,14 +204,14 @@ def heatmap(
     diverging: bool = False,
     rows: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
-    numbers: bool = False,
+    numbers: bool | np.ndarray = False,
     ax: Axes | None = None,
 ) -> Axes:
     """Show a matrix as colours, first row on top, with a labelled colour bar.
 
     limits are the values of the darkest and the brightest colour (by default the
     extremes; with diverging, symmetric around 0). rows and columns name the entries;
-    numbers writes the values into the cells.
+    numbers writes the values into the cells, or those of another matrix.
     Raises: ValueError if the matrix has not two axes.
     """
     matrix = np.asarray(matrix)
@@ -226,8 +229,8 @@ def heatmap(
     _name_cells(ax, rows, columns)
     bar = ax.figure.colorbar(image, ax=ax, label=value, pad=0.02)
     bar.outline.set_visible(False)
-    if numbers:
-        _write_cells(ax, image, matrix)
+    if numbers is not False:
+        _write_cells(ax, image, matrix, matrix if numbers is True else numbers)
     return _texts(ax, title, x, y)
 
 
@@ -273,6 +276,14 @@ def _height_of_end(line: plt.Line2D) -> float:
     return float(ys[-1]) if len(ys) and np.isfinite(ys[-1]) else -np.inf
 
 
+def _bar_labels(heights: Sequence[float], room_in: float) -> tuple[list[str], int]:
+    """Texts for bars as wide as room_in inches: with fewer digits, or turned by 90."""
+    for labels in ([short(h) for h in heights], [f"{h:.2g}" for h in heights]):
+        if max(map(len, labels)) * 0.6 * TICK_PT / 72 <= room_in:
+            return labels, 0
+    return [short(h) for h in heights], 90
+
+
 def _legend(ax: Axes, entries: Sequence) -> None:
     ax.legend(handles=entries, loc="upper left", bbox_to_anchor=(1.0, 1.02))
 
@@ -302,18 +313,24 @@ def _tick(value: float, _position: int) -> str:
     return (f"{factor:.3g}·" if abs(factor - 1) > 1e-6 else "") + f"$10^{{{exponent}}}$"
 
 
-def _scale(axis: plt.Axes, log: bool, values: list) -> None:
-    """Plain numbers on ticks; on a logarithmic axis, at the data where they are few."""
+def _scale(axis: plt.Axes, log: bool, values: np.ndarray | None = None) -> None:
+    """Plain numbers on ticks; values are what the axis shows, sorted, where known.
+
+    On a logarithmic axis ticks stand at the values if they are few; where all values
+    are whole, so are the ticks.
+    """
+    own = np.array([]) if values is None else values
     if log:
         getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
         low, high = sorted(axis.get_view_interval())
         subs = (1, 2, 5) if high / low < 300 else (1,)
         axis.set_major_locator(LogLocator(subs=subs))
         axis.set_minor_formatter(NullFormatter())
-        own = np.unique(np.concatenate(values)) if values else np.array([])
         if 1 < len(own) <= 10 and (own[1:] / own[:-1] >= 1.5).all():
             axis.set_ticks(own, minor=False)
             axis.set_ticks([], minor=True)
+    elif own.size and (own == np.round(own)).all():
+        axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=2))
     axis.set_major_formatter(FuncFormatter(_tick))
 
 
@@ -329,11 +346,13 @@ def _name_cells(
             axis.set_ticks(range(len(names)), names, rotation=turn)
 
 
-def _write_cells(ax: Axes, image: plt.Axes, matrix: np.ndarray) -> None:
+def _write_cells(
+    ax: Axes, image: plt.Axes, matrix: np.ndarray, numbers: np.ndarray
+) -> None:
     """Write values in black on light cells, in white on dark ones."""
     rgb = image.cmap(image.norm(matrix))[..., :3]
     light = rgb @ np.array([0.299, 0.587, 0.114]) > 0.5
-    for (row, column), number in np.ndenumerate(matrix):
+    for (row, column), number in np.ndenumerate(np.asarray(numbers)):
         colour = "black" if light[row, column] else "white"
-        text = f"{number:.2g}"
+        text = str(number) if isinstance(number, np.integer) else f"{number:.2g}"
         ax.text(column, row, text, ha="center", va="center", color=colour)

@@ -144,6 +144,9 @@ def test_ticks_are_plain_numbers() -> None:
     ax.figure.canvas.draw()
     assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2", "4", "8", "16"]
     assert "10,000" in [t.get_text() for t in ax.get_yticklabels()]
+    ax = plots.lines({"token": (range(16), range(16))})
+    ax.figure.canvas.draw()
+    assert not any("." in t.get_text() for t in ax.get_xticklabels())
     texts = [plots._tick(v, 0) for v in (0, 0.25, 1e6, 2e9, 1e-6)]
     assert texts == ["0", "0.25", "1,000,000", "2·$10^{9}$", "$10^{-6}$"]
 
@@ -156,6 +159,16 @@ def test_bars_hold_and_write_the_data() -> None:
     colours = [bar.get_facecolor() for bar in ax.patches]
     assert colours[1] == colours[2] != colours[0]  # both bars of b
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_values_on_narrow_bars_do_not_overlap() -> None:
+    ax = plots.bars({str(i): 22.123 / (i + 1) for i in range(12)})
+    many = plots.bars({str(i): 1.2345 for i in range(30)})
+    for axes, turn in ((ax, 0), (many, 90)):
+        axes.figure.canvas.draw()
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+        assert {text.get_rotation() for text in axes.texts} == {turn}
 
 
 def test_histogram_counts_and_marks_levels() -> None:
@@ -171,6 +184,8 @@ def test_heatmap_shows_the_matrix() -> None:
     assert np.array_equal(image.get_array(), matrix)
     assert image.get_clim() == (-2, 2)
     assert [text.get_text() for text in ax.texts] == ["0", "-2", "1", "0.5"]
+    ax = plots.heatmap(matrix, numbers=np.array([[7, 8], [9, 10]]))
+    assert [text.get_text() for text in ax.texts] == ["7", "8", "9", "10"]
     assert plots.heatmap(matrix, limits=(0, 9)).images[0].get_clim() == (0, 9)
     with pytest.raises(ValueError, match="needs a matrix"):
         plots.heatmap(np.zeros(3))
@@ -219,10 +234,12 @@ def test_a_cell_stores_one_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_package_does_without_plots() -> None:
     for path in sorted((ROOT / "flashmoe_ref").glob("*.py")):
-        if path.name.startswith(("plots", "widgets")):
+        if path.name.startswith(("plots", "views", "widgets")):
             continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom | ast.Import):
                 names = {node.module} if isinstance(node, ast.ImportFrom) else set()
                 names |= {alias.name for alias in node.names}
-                assert not names & {"plots", "widgets", "matplotlib"}, path.name
+                assert not names & {"plots", "views", "widgets", "matplotlib"}, (
+                    path.name
+                )

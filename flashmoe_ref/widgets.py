@@ -1,0 +1,148 @@
+"""Explorers with sliders: the views of `views.py`, redrawn when a slider moves.
+
+An explorer is a box of controls, a picture and a line of text. It needs a running
+kernel; a notebook shows the view of the default state above it, for readers without.
+    explorer = router_explorer(lambda k: routing(model, ids, k), k_max=10)
+    explorer.controls["K"].value = 4     # as if a slider were moved
+    explorer.text.value                  # what it then says
+**But:** uses neither `interact` nor `Output`, which leak into the tests of notebooks.
+*Used in notebooks/01 to 05.*
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from html import escape
+
+import numpy as np
+from ipywidgets import HTML, Dropdown, Image, IntSlider, SelectionSlider, VBox, Widget
+from matplotlib.axes import Axes
+
+from . import plots
+from .quantize import BITS, GROUP_SIZES, RULES
+from .views import (
+    Routing,
+    draw_attention,
+    draw_quantized,
+    draw_routing,
+    draw_state,
+    quantized_view,
+    say_attention,
+    say_quantized,
+    say_routing,
+    say_state,
+)
+
+Drawn = Axes | np.ndarray
+
+
+class Explorer(VBox):
+    """Controls by name, a picture (PNG) and a text (HTML) that follow them."""
+
+    def __init__(
+        self,
+        controls: dict[str, Widget],
+        draw: Callable[..., Drawn],
+        say: Callable[..., str],
+    ) -> None:
+        self.controls = controls
+        self.picture = Image(format="png")
+        self.picture.layout.max_width = "100%"
+        self.text = HTML()
+        self._draw, self._say = draw, say
+        for control in controls.values():
+            control.observe(self._update, "value")
+        self._update()
+        super().__init__([*controls.values(), self.text, self.picture])
+
+    def _update(self, _change: object = None) -> None:
+        values = [control.value for control in self.controls.values()]
+        self.text.value = escape(self._say(*values))
+        self.picture.value = plots.png(self._draw(*values))
+
+
+def _slider(name: str, low: int, high: int, value: int) -> IntSlider:
+    # Not continuous: each value draws a figure, and drawing takes longer than moving.
+    return IntSlider(
+        value, min=low, max=high, description=name, continuous_update=False
+    )
+
+
+def router_explorer(
+    routing_for: Callable[[int], Routing], k_max: int, k: int | None = None
+) -> Explorer:
+    """Token by token: which experts, with which weights, as K moves.
+
+    routing_for(k) runs the text with k experts a token; each k is run once. It starts
+    with k (k_max by default), layer 0, token 0.
+    """
+    runs = cache(routing_for)
+    first = runs(k or k_max)
+    n_layers, n_tokens = first.experts.shape[:2]
+    controls = {
+        "K": _slider("K", 1, k_max, k or k_max),
+        "layer": _slider("layer", 0, n_layers - 1, 0),
+        "token": _slider("token", 0, n_tokens - 1, 0),
+    }
+    return Explorer(
+        controls,
+        lambda k, layer, token: draw_routing(runs(k), layer, token),
+        lambda k, layer, token: say_routing(runs(k), layer, token),
+    )
+
+
+def attention_viewer(weights: np.ndarray, tokens: Sequence[str]) -> Explorer:
+    """Which earlier tokens each token looks at, head by head.
+
+    Shapes: weights (H, T, T), as from `views.attention_of_layer` or
+    `views.attention_weights`. Starts with head 0 and the last token.
+    """
+    n_heads, n_tokens, _ = weights.shape
+    controls = {
+        "head": _slider("head", 0, n_heads - 1, 0),
+        "token": _slider("token", 0, n_tokens - 1, n_tokens - 1),
+    }
+    return Explorer(
+        controls,
+        lambda head, token: draw_attention(weights, tokens, head, token),
+        lambda head, token: say_attention(weights, tokens, head, token),
+    )
+
+
+def state_viewer(states: np.ndarray, tokens: Sequence[str]) -> Explorer:
+    """The memory of a Gated DeltaNet after each token of a text, head by head.
+
+    Shapes: states (T, H, Dv, Dk), as from `views.delta_states`. Starts with head 0 and
+    the first token.
+    """
+    n_tokens, n_heads = states.shape[:2]
+    controls = {
+        "head": _slider("head", 0, n_heads - 1, 0),
+        "token": _slider("token", 0, n_tokens - 1, 0),
+    }
+    return Explorer(
+        controls,
+        lambda head, token: draw_state(states, tokens, head, token),
+        lambda head, token: say_state(states, tokens, head, token),
+    )
+
+
+def quantization_explorer(
+    w: np.ndarray, bits: int = 4, group_size: int = 64, rule: str = "mlx"
+) -> Explorer:
+    """Bits, group size and rule against a group's histogram and the matrix's error.
+
+    Shapes: w (out, in) float32; in is a multiple of 128.
+    """
+    view = cache(lambda *choice: quantized_view(w, *choice))
+    controls = {
+        "bits": SelectionSlider(options=BITS, value=bits, description="bits"),
+        "group": SelectionSlider(
+            options=GROUP_SIZES, value=group_size, description="group"
+        ),
+        "rule": Dropdown(options=list(RULES), value=rule, description="rule"),
+    }
+    return Explorer(
+        controls,
+        lambda *choice: draw_quantized(view(*choice)),
+        lambda *choice: say_quantized(view(*choice)),
+    )
