@@ -27,3 +27,7 @@ class TokenizerError(FlashMoeError, ValueError):
 
 class PackError(FlashMoeError, OSError):
     """Packing, converting or verifying files could not go on."""
+
+
+class TraceError(FlashMoeError, ValueError):
+    """A trace file that cannot be used, or a trace that lacks what is asked of it."""

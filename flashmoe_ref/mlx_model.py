@@ -270,6 +270,7 @@ class MlxModel:
         for start in range(0, len(chosen), capacity):
             if start:  # the slots of the wave before are about to be refilled
                 self.wait(outputs)
+                self.store.recorder.lap(recording.SYNC)
             wave = chosen[start : start + capacity]
             slots = self.store.request(layer, wave.tolist()).wait()
             slot_of = np.full(self.config.num_experts, -1)

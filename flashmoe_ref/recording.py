@@ -19,7 +19,7 @@ import numpy as np
 KINDS = (
     "embed",  # look up the tokens
     "mix",  # attention or Gated DeltaNet, and the router
-    "sync",  # Python waits for MLX to compute the router's logits
+    "sync",  # Python stands still for MLX: the router's logits, a wave of a prompt
     "request",  # find slots, hand reads over
     "wait",  # stand still for reads, or read
     "shared",  # the shared expert, while threads read
@@ -51,8 +51,14 @@ class Silent:
     def lap(self, kind: int) -> None:
         """The computing thread has just done this, since the lap before."""
 
-    def read(self, layer: int, expert: int, start_s: float, end_s: float) -> None:
-        """This thread has read an expert. Called only where `times` is true."""
+    def read(
+        self,
+        layer: int,
+        jobs: Sequence[tuple[int, int]],
+        start_s: float,
+        ends_s: Sequence[float],
+    ) -> None:
+        """This thread has read experts into slots, one after the other."""
 
     def end(self) -> None:
         """The step is complete."""
@@ -72,7 +78,7 @@ class Recorder(Silent):
         self.weights = np.zeros((64, n_layers, k), np.float32)
         self.hits = bytearray()  # 1 or 0 for each expert that the store was asked for
         self.laps: list[tuple[int, int, float]] = []  # kind, layer, seconds
-        self.reads: list[tuple[int, int, int, float, float]] = []
+        self.reads: list[tuple] = []  # layer, thread, jobs, start, ends
         self.thread = get_ident()  # the computing one
         self._rows = slice(0, 0)  # of the step under way
         self._layer = NO_LAYER
@@ -106,24 +112,30 @@ class Recorder(Silent):
 
     def requested(self, experts: Sequence[int], missing: Sequence[int]) -> None:
         """Note for each expert whether it was there."""
-        if not self._is_open:
-            return
-        if not missing:
-            self.hits += b"\1" * len(experts)
-        elif len(missing) == len(experts):
-            self.hits += bytes(len(experts))
-        else:
-            absent = set(missing)
-            self.hits += bytes([expert not in absent for expert in experts])
+        if self._is_open:
+            n_before, n = len(self.hits), len(experts)
+            if len(missing) == n:
+                self.hits += bytes(n)
+                return
+            self.hits += b"\1" * n
+            for expert in missing:
+                self.hits[n_before + experts.index(expert)] = 0
 
     def lap(self, kind: int) -> None:
         """Look at the clock."""
         if self.times and self._is_open:
             self.laps.append((kind, self._layer, perf_counter()))
 
-    def read(self, layer: int, expert: int, start_s: float, end_s: float) -> None:
-        """Note a read; several threads call this at once."""
-        self.reads.append((layer, expert, get_ident(), start_s, end_s))
+    def read(
+        self,
+        layer: int,
+        jobs: Sequence[tuple[int, int]],
+        start_s: float,
+        ends_s: Sequence[float],
+    ) -> None:
+        """Keep the times; several threads call this at once."""
+        if self.times:
+            self.reads.append((layer, get_ident(), jobs, start_s, ends_s))
 
     def end(self) -> None:
         """Keep the step."""

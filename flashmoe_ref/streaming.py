@@ -263,8 +263,7 @@ class ExpertStore:
 
     def _read_all(self, layer: int, jobs: list[tuple[int, int]]) -> float:
         """Read some experts into their slots; returns the seconds it took."""
-        recorder = self.recorder
-        start = now = time.perf_counter()
+        clock, start = [], time.perf_counter()
         for expert, slot in jobs:
             views = self._banks[layer].views[slot]
             for run in self.files.runs[layer]:
@@ -277,10 +276,9 @@ class ExpertStore:
                         f"{layer} failed ({error.strerror or error}); was the file "
                         f"changed? check it with 'flashmoe verify'"
                     ) from None
-            if recorder.times:
-                began, now = now, time.perf_counter()
-                recorder.read(layer, expert, began, now)
-        return time.perf_counter() - start
+            clock.append(time.perf_counter())
+        self.recorder.read(layer, jobs, start, clock)
+        return clock[-1] - start
 
     def fill(self) -> None:
         """Read every expert of every layer: makes a store with E slots resident."""
