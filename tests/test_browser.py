@@ -1,0 +1,87 @@
+"""The first lessons in a real browser: they run, and their sliders work.
+
+Skipped where there is no Chromium or no Playwright. When a test fails, a screenshot and
+the logs of page and server stay in tests/browser_artefacts.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import browser
+import pytest
+
+LESSONS = [
+    path.name
+    for prefix in ("00", "01")
+    for path in sorted((browser.ROOT / "notebooks").glob(f"{prefix}_*.ipynb"))
+]
+CHROMIUM = browser.find_chromium()
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="no Chromium here; on Debian and Ubuntu: apt-get install chromium",
+)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A running JupyterLab: its address and its folder."""
+    folder = tmp_path_factory.mktemp("lab")
+    with browser.jupyter_lab(folder) as address:
+        yield address, folder
+
+
+@pytest.fixture
+def page(lab: tuple[str, Path], request: pytest.FixtureRequest) -> Iterator[object]:
+    """An empty page of a fresh browser; leaves a screenshot when the test fails."""
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=browser.FLAGS
+        )
+        page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+        said: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        failed_before = request.session.testsfailed
+        yield page
+        if request.session.testsfailed > failed_before:
+            _keep_artefacts(page, request.node.name, said, lab[1])
+        chromium.close()
+
+
+def _keep_artefacts(page, name: str, said: list[str], folder: Path) -> None:
+    target = browser.ARTEFACTS / name
+    target.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=target / "page.png")
+    (target / "console.log").write_text("\n".join(said))
+    shutil.copy(folder / "server.log", target)
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_runs_and_its_slider_moves(page, lab: tuple, name: str) -> None:
+    browser.open_notebook(page, lab[0], name)
+    cells = browser.run_all(page)
+    shown = browser.widget_cells(cells)
+    assert shown, f"{name} has no widget"
+    cell = browser.show_cell(page, shown[0])
+    slider = cell.locator(".noUi-handle[role=slider]").first
+    slider.wait_for(state="visible", timeout=1000 * browser.PAGE_S)
+    before = _shown(cell), slider.get_attribute("aria-valuenow")
+    most = float(slider.get_attribute("aria-valuemax"))
+    slider.focus()
+    slider.press("ArrowLeft" if float(before[1]) >= most else "ArrowRight")
+    browser.wait_until(
+        lambda: (
+            slider.get_attribute("aria-valuenow") != before[1]
+            and _shown(cell) != before[0]
+        ),
+        browser.PAGE_S,
+        "the slider's text and figure did not change",
+    )
+
+
+def _shown(cell) -> tuple[list[str], list[str]]:
+    """What a widget says (HTML) and draws (the addresses of its pictures)."""
+    texts = cell.locator(".widget-html-content").all_inner_texts()
+    pictures = cell.locator("img.widget-image").all()
+    return texts, [picture.get_attribute("src") for picture in pictures]
