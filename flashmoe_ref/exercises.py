@@ -10,7 +10,12 @@ from collections.abc import Callable
 import numpy as np
 
 from . import layers
-from .accounting import count_parameters, expert_bytes, kv_cache_bytes
+from .accounting import (
+    count_parameters,
+    delta_state_bytes,
+    expert_bytes,
+    kv_cache_bytes,
+)
 from .config import PRESETS
 
 BIG = PRESETS["qwen3.5-397b-a17b"]
@@ -111,11 +116,31 @@ def _tokens_that_fit() -> Cases:
     ]
 
 
+def _delta_step() -> Cases:
+    rng = np.random.default_rng(0)
+    cases = []
+    for decay, beta in ((0.9, 0.3), (1.0, 1.0), (0.5, 0.0)):
+        s, k, v = rng.normal(size=(5, 4)), rng.normal(size=4), rng.normal(size=5)
+        step = (s[None], k[None], k[None], v[None], np.array([decay]), np.array([beta]))
+        _, after = layers.delta_rule_step(*step)
+        cases.append(((s, k, v, decay, beta), after[0]))
+    return cases
+
+
+def _crossing() -> Cases:
+    return [
+        ((config,), delta_state_bytes(config) // kv_cache_bytes(config, 1) + 1)
+        for config in (BIG, MIDDLE)
+    ]
+
+
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
     "2.1": _decode_attention,
     "2.2": _tokens_that_fit,
+    "3.1": _delta_step,
+    "3.2": _crossing,
     "4.1": _active_parameters,
     "4.2": _greedy,
 }
