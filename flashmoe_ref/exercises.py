@@ -17,6 +17,7 @@ from .accounting import (
     kv_cache_bytes,
 )
 from .config import PRESETS
+from .quantize import pack
 
 BIG = PRESETS["qwen3.5-397b-a17b"]
 MIDDLE = PRESETS["qwen3.5-122b-a10b"]
@@ -134,6 +135,27 @@ def _crossing() -> Cases:
     ]
 
 
+def _pack_row() -> Cases:
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(0, 2**bits, 64), bits) for bits in (4, 3, 5)]
+    return [
+        ((row.astype(np.uint8), bits), pack(row.astype(np.uint8), bits).tolist())
+        for row, bits in rows
+    ]
+
+
+def _row_product() -> Cases:
+    rng = np.random.default_rng(0)
+    cases = []
+    for n_groups in (4, 1):
+        q = rng.integers(0, 16, (n_groups, 32)).astype(np.uint8)
+        x = rng.normal(size=q.shape)
+        scales, biases = rng.normal(size=(2, n_groups))
+        weights = q * scales[:, None] + biases[:, None]
+        cases.append(((q, scales, biases, x), (weights * x).sum()))
+    return cases
+
+
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
@@ -143,4 +165,6 @@ CASES = {
     "3.2": _crossing,
     "4.1": _active_parameters,
     "4.2": _greedy,
+    "5.1": _pack_row,
+    "5.2": _row_product,
 }
