@@ -161,4 +161,5 @@ class CompiledModel(NumpyModel):
         return prompt_kernels.matmul(w, x)
 
     route_topk = staticmethod(prompt_kernels.route_topk)
+    attend = staticmethod(prompt_kernels.attend)
     delta_rule = staticmethod(prompt_kernels.delta_rule)

@@ -8,7 +8,7 @@ multi-modal rotary embedding equals the plain one there), no training.
 Axes: T tokens, D model width, H heads, Dh head width, E experts, K experts per token,
 F expert width, C convolution channels. Weight matrices are (out, in), as files have
 them. A block takes `linear`, which applies a weight matrix: here `x @ w.T`; an engine
-passes its own to compute from quantized weights, and may pass its own `delta_rule`.
+passes its own to compute from quantized weights, and its own `attend`, `delta_rule`.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ L2_EPS = 1e-6  # added to the SUM of squares of a query or key, not to their mea
 DELTA_CHUNK = 64  # tokens per chunk of the chunked delta rule, as in transformers
 
 Linear = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Attend = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 DeltaRule = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
@@ -166,6 +167,7 @@ def gated_attention(
     rope_theta: float,
     eps: float,
     linear: Linear = linear,
+    attend: Attend = attend,
 ) -> np.ndarray:
     """Attention whose output is gated, element by element, by a sigmoid.
 

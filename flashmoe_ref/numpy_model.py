@@ -181,7 +181,9 @@ class NumpyModel:
                 h, w, own, heads, c.rms_norm_eps, self.linear, self.delta_rule
             )
         rope = (c.rotary_dim, c.rope_theta)
-        return layers.gated_attention(h, w, own, *rope, c.rms_norm_eps, self.linear)
+        return layers.gated_attention(
+            h, w, own, *rope, c.rms_norm_eps, self.linear, self.attend
+        )
 
     def moe(self, layer: int, h: np.ndarray) -> np.ndarray:
         """Routed experts plus the shared one. Shapes: h (T, D) -> (T, D).
@@ -243,9 +245,10 @@ class NumpyModel:
         h = layers.rms_norm(x, self.norm, self.config.rms_norm_eps)
         return self.linear(h, self.lm_head)
 
-    # How this engine applies a weight matrix, routes, and applies the delta rule.
+    # How this engine applies a weight matrix, routes, attends, and remembers.
     linear = staticmethod(linear)
     route_topk = staticmethod(layers.route_topk)
+    attend = staticmethod(layers.attend)
     delta_rule = staticmethod(layers.delta_rule)
 
 

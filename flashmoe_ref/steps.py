@@ -19,7 +19,16 @@ from numba import prange
 
 from .compiled import compiled, serial_and_parallel
 from .kernels import PARALLEL_BYTES, dot, multiply
-from .vectors import exp, silu
+from .vectors import (
+    exp,
+    load8,
+    multiply_add8,
+    silu,
+    splat8,
+    store8,
+    sum8,
+    zero8,
+)
 
 f32 = np.float32
 L2_EPS = f32(1e-6)  # as in layers.py, which imports NumPy alone
@@ -52,37 +61,65 @@ def product(matrix, x, n_out):
 # ---- Gated DeltaNet ------------------------------------------------------------------
 
 
+@compiled
+def _recall_and_write(memory, query, key, g, value, beta, out):
+    """One head, one token. Shapes: memory (Dv Dk,), in place; value and out (Dv,)."""
+    dk = key.size
+    vectors = dk - dk % 8
+    decay = splat8(g)
+    for row in range(value.size):
+        at = row * dk
+        recalled8, tail = zero8(), f32(0)
+        for i in range(0, vectors, 8):
+            recalled8 = multiply_add8(load8(memory, at + i), load8(key, i), recalled8)
+        for i in range(vectors, dk):
+            tail += memory[at + i] * key[i]
+        correction = (value[row] - g * (sum8(recalled8) + tail)) * beta
+        correction8, read8, tail = splat8(correction), zero8(), f32(0)
+        for i in range(0, vectors, 8):
+            kept = multiply_add8(load8(memory, at + i), decay, zero8())
+            new = multiply_add8(correction8, load8(key, i), kept)
+            store8(memory, at + i, new)
+            read8 = multiply_add8(new, load8(query, i), read8)
+        for i in range(vectors, dk):
+            memory[at + i] = g * memory[at + i] + correction * key[i]
+            tail += memory[at + i] * query[i]
+        out[row] = sum8(read8) + tail
+
+
 @serial_and_parallel
-def _delta_rule(s, q, k, v, decay, beta, o):
-    n_heads, dv, dk = s.shape
-    ratio = n_heads // q.shape[0]
-    for head in prange(n_heads):
-        q_head, k_head = q[head // ratio], k[head // ratio]
-        for row in range(dv):
-            memory = s[head, row]
-            recalled = decay[head] * dot(memory, k_head)
-            write = (v[head, row] - recalled) * beta[head]
-            for i in range(dk):
-                memory[i] = memory[i] * decay[head] + write * k_head[i]
-            o[head, row] = dot(memory, q_head)
+def _delta_rule(s, q, k, v, decay, beta, out):
+    ratio = s.shape[0] // q.shape[1]
+    for head in prange(s.shape[0]):
+        memory = s[head].reshape(s[head].size)
+        for t in range(q.shape[0]):
+            _recall_and_write(
+                memory,
+                q[t, head // ratio],
+                k[t, head // ratio],
+                decay[t, head],
+                v[t, head],
+                beta[t, head],
+                out[t, head],
+            )
 
 
-_delta_rule_serial, _delta_rule_parallel = _delta_rule
+delta_rule_serial, delta_rule_parallel = _delta_rule
 
 
 @compiled
 def delta_step(s, q, k, v, decay, beta):
     """One token of the gated delta rule: forget, correct, write, read; s in place.
 
-    Shapes: s (Hv, Dv, Dk), q and k (Hk, Dk), v (Hv, Dv), decay and beta (Hv,)
-    -> o (Hv, Dv). Value head j reads key head j // (Hv / Hk).
+    Shapes: s (Hv, Dv, Dk), q and k (1, Hk, Dk), v (1, Hv, Dv), decay and beta (1, Hv)
+    -> o (1, Hv, Dv). Value head j reads key head j // (Hv / Hk).
     Source: Gated Delta Networks (arXiv 2412.06464), eq. 10.
     """
     o = np.empty(v.shape, f32)
     if s.size * 4 < PARALLEL_BYTES:
-        _delta_rule_serial(s, q, k, v, decay, beta, o)
+        delta_rule_serial(s, q, k, v, decay, beta, o)
     else:
-        _delta_rule_parallel(s, q, k, v, decay, beta, o)
+        delta_rule_parallel(s, q, k, v, decay, beta, o)
     return o
 
 
@@ -137,7 +174,14 @@ def delta_net_step(
         raised = decay[j] + dt_bias[j]
         softplus = max(raised, f32(0)) + np.log1p(np.exp(-abs(raised)))
         decay[j] = np.exp(-np.exp(a_log[j]) * softplus)
-    o = delta_step(s, q, k, v, decay, beta)
+    o = delta_step(
+        s,
+        q.reshape(1, n_keys, dk),
+        k.reshape(1, n_keys, dk),
+        v.reshape(1, n_heads, dv),
+        decay.reshape(1, n_heads),
+        beta.reshape(1, n_heads),
+    )[0]
     gate = product(z, h, n_heads * dv)
     for j in range(n_heads):
         head = normalized(o[j], head_norm, eps)  # norm first, then the gate

@@ -159,6 +159,44 @@ def sum8(_typing, vector):
 
 
 @intrinsic
+def store8(_typing, array, first, vector):
+    """array[first : first + 8] = vector, float32. NOTE: bounds are not checked."""
+
+    def write_ir(context, builder, signature, args):
+        array, first, vector = args
+        at = _pointer(context, builder, signature.args[0], array, first)
+        builder.store(vector, _eight_floats(builder, at, 0), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), write_ir
+
+
+@intrinsic
+def store_sums4(_typing, out, at, a, b, c, d):
+    """out[at : at + 4] = the sums of the lanes of four vectors.
+
+    Neighbours are added until one is left: four sums cost little more than one by
+    `sum8`. NOTE: bounds are not checked.
+    """
+
+    def write_ir(context, builder, signature, args):
+        out, at, *vectors = args
+        ab = _add_neighbours(builder, *vectors[:2])
+        cd = _add_neighbours(builder, *vectors[2:])
+        halves = _add_neighbours(builder, ab, cd)  # sums of lanes 0-3, then of 4-7
+        low, high = (
+            builder.shuffle_vector(halves, halves, _lanes(range(first, first + 4)))
+            for first in (0, 4)
+        )
+        place = _pointer(context, builder, signature.args[0], out, at)
+        four = ir.VectorType(_FLOAT, 4).as_pointer()
+        builder.store(builder.fadd(low, high), builder.bitcast(place, four), align=4)
+        return context.get_dummy_value()
+
+    return types.void(out, types.intp, a, b, c, d), write_ir
+
+
+@intrinsic
 def prefetch(_typing, array, byte):
     """Ask for the cache line at a byte of an array, or past its end: it never fails."""
 
@@ -288,6 +326,13 @@ def _load_packed(context, builder, array_type, array, first_byte, bits):
 def _eight_floats(builder, at, eight):
     place = builder.gep(at, [_I32(8 * eight)])
     return builder.bitcast(place, _FLOAT8.as_pointer())
+
+
+def _add_neighbours(builder, a, b):
+    """a0+a1, a2+a3, b0+b1, b2+b3, and so on for the upper halves, as AVX adds."""
+    even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
+    pairs = (builder.shuffle_vector(a, b, _lanes(indices)) for indices in (even, odd))
+    return builder.fadd(*pairs)
 
 
 def _splat(builder, number):

@@ -95,10 +95,32 @@ def test_experts_of_prompt(bits, parallel, monkeypatch):
     np.testing.assert_allclose(y, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("t", [1, 2, 70])
+# Tokens before and now, head width: whole tiles, and remainders of every kind.
+@pytest.mark.parametrize(
+    ("n_before", "t", "dh"), [(0, 2, 8), (0, 96, 16), (5, 97, 12), (50, 3, 6)]
+)
 @pytest.mark.parametrize("parallel", [False, True])
-def test_delta_rule(t, parallel, monkeypatch):
-    n_heads, n_keys, dk, dv = 6, 2, 16, 12
+def test_attend(n_before, t, dh, parallel, monkeypatch):
+    q = random(t, 6, dh)
+    k, v = (random(n_before + t, 2, dh, seed=i) for i in (1, 2))
+    monkeypatch.setattr(prompt_kernels, "PARALLEL_WORK", 0 if parallel else 1 << 60)
+    got = prompt_kernels.attend(q, k, v)
+    np.testing.assert_allclose(got, layers.attend(q, k, v), **TOLERANCE)
+
+
+def test_attention_has_the_same_bits_in_chunks():
+    q, k, v = random(60, 4, 16), random(60, 2, 16, seed=1), random(60, 2, 16, seed=2)
+    whole = prompt_kernels.attend(q, k, v)
+    for start, stop in ((0, 7), (7, 58), (58, 60)):
+        part = prompt_kernels.attend(q[start:stop], k[:stop], v[:stop])
+        np.testing.assert_array_equal(part, whole[start:stop])
+
+
+@pytest.mark.parametrize("t", [1, 2, 70])
+@pytest.mark.parametrize("dk", [16, 11])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_delta_rule(t, dk, parallel, monkeypatch):
+    n_heads, n_keys, dv = 6, 2, 12
     s = random(n_heads, dv, dk)
     q, k = (layers.l2_normalize(random(t, n_keys, dk, seed=i)) for i in (1, 2))
     log_decay = -np.abs(random(t, n_heads, seed=3))

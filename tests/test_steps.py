@@ -104,12 +104,12 @@ def test_delta_step_by_hand():
     # An empty memory, a key of unit length, beta 1: the value is written under the key,
     # so that a query equal to the key reads it back, whatever the decay.
     s = np.zeros((2, 3, 4), np.float32)
-    k = np.array([[0, 1, 0, 0]], np.float32)
-    v = normal(2, 3)
-    ones = np.ones(2, np.float32)
+    k = np.array([[[0, 1, 0, 0]]], np.float32)
+    v = normal(1, 2, 3)
+    ones = np.ones((1, 2), np.float32)
     o = steps.delta_step(s, k, k, v, ones / 2, ones)
     np.testing.assert_array_equal(o, v)
-    np.testing.assert_array_equal(s[:, :, 1], v)
+    np.testing.assert_array_equal(s[:, :, 1], v[0])
     # The next token decays it by a half and, with beta 0, writes nothing.
     o = steps.delta_step(s, k, k, v, ones / 2, 0 * ones)
     np.testing.assert_array_equal(o, v / 2)
@@ -124,7 +124,8 @@ def test_value_heads_share_key_heads_in_order():
     )
     repeated = (np.repeat(a, 3, axis=0) for a in (q, k))
     want, memory = layers.delta_rule_step(s, *repeated, v, decay, beta)
-    assert_near(steps.delta_step(s, q, k, v, decay, beta), want, "output")
+    got = steps.delta_step(s, *(a[None] for a in (q, k, v, decay, beta)))
+    assert_near(got[0], want, "output")
     assert_near(s, memory, "memory")
 
 
@@ -200,17 +201,17 @@ def test_logits():
 
 
 def test_threads_change_no_bit():
-    q, k, v = normal(2, 16), normal(2, 16, seed=1), normal(6, 8, seed=2)
-    decay, beta = np.full(6, 0.9, np.float32), np.full(6, 0.5, np.float32)
+    q, k, v = normal(1, 2, 16), normal(1, 2, 16, seed=1), normal(1, 6, 8, seed=2)
+    decay, beta = np.full((1, 6), 0.9, np.float32), np.full((1, 6), 0.5, np.float32)
     keys, values = normal(50, 2, 16), normal(50, 2, 16, seed=3)
     before, results = numba.get_num_threads(), []
     for rule, attend, threads in (
-        (steps._delta_rule_serial, steps._attend_serial, before),
-        (steps._delta_rule_parallel, steps._attend_parallel, 1),
-        (steps._delta_rule_parallel, steps._attend_parallel, before),
+        (steps.delta_rule_serial, steps._attend_serial, before),
+        (steps.delta_rule_parallel, steps._attend_parallel, 1),
+        (steps.delta_rule_parallel, steps._attend_parallel, before),
     ):
         numba.set_num_threads(threads)
-        s, o = normal(6, 8, 16), np.empty((6, 8), np.float32)
+        s, o = normal(6, 8, 16), np.empty((1, 6, 8), np.float32)
         mixed = np.empty((6, 16), np.float32)
         rule(s, q, k, v, decay, beta, o)
         attend(normal(6, 16), keys, values, mixed)
