@@ -1,11 +1,15 @@
 """Policy for notebooks as tests. Their kernels inherit this process's environment."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tests"))  # pytest's own `pythonpath` comes later
+
+from notebook_times import NotebookTimes  # noqa: E402
 
 os.environ.setdefault("FLASHMOE_PROFILE", "ci")
 os.environ.setdefault("PYTHONHASHSEED", "0")
@@ -13,6 +17,8 @@ os.environ.setdefault("PYTHONHASHSEED", "0")
 paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 os.environ.pop("MPLBACKEND", None)  # figures must be drawn inline, as in JupyterLab
+
+times = NotebookTimes()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,3 +30,33 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
     """Leave out what differs in each run: process numbers in warnings, dates in SVG."""
     if hasattr(collector, "skip_compare"):  # nbval's collector of a notebook
         collector.skip_compare += ("stderr", "image/svg+xml")
+
+
+# --- run time -------------------------------------------------------------------------
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up the time of a notebook's cells, and of its kernel's start and end."""
+    times.add_wall(report.nodeid, report.duration)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """After each cell, look at the kernel's processor time: the last look stays."""
+    kernel = getattr(item.parent, "kernel", None)
+    if kernel is not None and kernel.is_alive():
+        times.note_processor(item.nodeid, kernel.km.provisioner.pid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where notebooks take longer than a classroom waits."""
+    if times.complaints() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how long each notebook took."""
+    if times.wall_s:
+        terminalreporter.section("run time of notebooks")
+        for line in [*times.summary(), *times.complaints()]:
+            terminalreporter.write_line(line)
