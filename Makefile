@@ -6,7 +6,7 @@ PYTHON ?=
 BIN := $(VENV)/bin
 MODEL ?= data/reduced
 
-.PHONY: help demo lab test bench notebooks lint format clean
+.PHONY: help demo lab test bench notebooks handout lint format clean
 
 help:
 	@echo "make demo       stream text from the reduced model in data/reduced"
@@ -14,6 +14,7 @@ help:
 	@echo "make test       run all tests and all notebooks"
 	@echo "make bench      measure speed, side by side with mlx-lm"
 	@echo "make notebooks  execute the notebooks again and store their outputs"
+	@echo "make handout    write the lessons without answers and outputs, for live coding"
 	@echo "make lint       check formatting and style;  make format  repairs them"
 	@echo "make clean      remove .venv and caches"
 
@@ -39,6 +40,9 @@ bench: $(VENV)/.has-test
 
 notebooks: $(VENV)/.has-test
 	$(BIN)/python notebooks/store.py $(ARGS)
+
+handout: $(VENV)/.has-lab
+	$(BIN)/python notebooks/handout.py $(ARGS)
 
 lint: $(VENV)/.has-test
 	$(BIN)/ruff check .

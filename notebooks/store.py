@@ -2,6 +2,8 @@
 
     python notebooks/store.py              all of them
     python notebooks/store.py 00 04        those whose names begin so
+    python notebooks/store.py --times      run all and store nothing: how long they take
+    python notebooks/store.py --links      run nothing, write the navigation lines
 
 Runs every notebook from top to bottom as the tests do, writes its navigation lines, and
 removes what must not be stored: widget state, timing, the kernel's own details. Where
@@ -26,23 +28,45 @@ NAV = re.compile(r"<!-- nav -->.*?<!-- /nav -->", re.DOTALL)
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"  # holds a random number
 
 
-def main(prefixes: list[str]) -> int:
-    """Store every notebook whose name begins with one of prefixes (none: all)."""
+def main(arguments: list[str]) -> int:
+    """Store every notebook whose name begins with one of the arguments (none: all)."""
     _set_environment()
+    options = {name for name in arguments if name.startswith("--")}
+    prefixes = tuple(set(arguments) - options)
+    if options - {"--times", "--links"}:
+        print(__doc__, file=sys.stderr)
+        return 2
     paths = sorted(HERE.glob("[0-9]*.ipynb"))
     titles = {path: _title(nbformat.read(path, 4)) for path in paths}
     for path in paths:
-        if prefixes and not path.name.startswith(tuple(prefixes)):
+        if prefixes and not path.name.startswith(prefixes):
             continue
         start = time.perf_counter()
         old = nbformat.read(path, 4)
-        new = execute(old)
-        clean(new)
-        keep_equal_outputs(old, new)
+        new = old if "--links" in options else execute(old)
+        seconds = time.perf_counter() - start
+        if "--times" in options:
+            print(describe(path, old, seconds), flush=True)
+            continue
+        if "--links" not in options:
+            clean(new)
+            keep_equal_outputs(old, new)
+            print(f"{path.name}: {seconds:.1f} s", flush=True)
         write_navigation(new, navigation(path, titles))
         nbformat.write(new, path)
-        print(f"{path.name}: {time.perf_counter() - start:.1f} s", flush=True)
     return 0
+
+
+def describe(path: Path, notebook: nbformat.NotebookNode, run_s: float) -> str:
+    """One line: name, cells, words of prose, promised minutes, seconds taken."""
+    texts = [c.source for c in notebook.cells if c.cell_type == "markdown"]
+    n_words = sum(len(text.split()) for text in texts)
+    minutes = re.search(r"\*\*Time\*\* (\d+) min", texts[0])
+    reading = minutes.group(1) if minutes else "?"
+    return (
+        f"{path.stem:24}{len(notebook.cells):4} cells{n_words:6,} words"
+        f"{reading:>5} min reading{run_s:7.1f} s running"
+    )
 
 
 def _set_environment() -> None:

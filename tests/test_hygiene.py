@@ -180,18 +180,41 @@ def test_outputs(path: Path) -> None:
             )
 
 
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the scripts beside the notebooks importable."""
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+
+
 @each_notebook
-def test_navigation_is_current(path: Path) -> None:
-    sys.path.insert(0, str(ROOT / "notebooks"))
-    try:
-        from store import _title, navigation
-    finally:
-        sys.path.pop(0)
+def test_navigation_is_current(path: Path, tools: None) -> None:
+    from store import _title, navigation
+
     titles = {other: _title(_read(other)) for other in NOTEBOOKS}
     notebook = _read(path)
     line = navigation(path, titles)
     assert line in notebook.cells[0].source, "store with 'make notebooks'"
     assert line in notebook.cells[-1].source, "store with 'make notebooks'"
+
+
+@each_notebook
+def test_handout_has_questions_and_code_but_no_answers(path: Path, tools: None) -> None:
+    from handout import hand_out
+
+    lesson = _read(path)
+    short = hand_out(lesson)
+    assert [c.source for c in _code(short)] == [c.source for c in _code(lesson)]
+    assert not any(cell.outputs for cell in _code(short))
+    prose = _prose(short)
+    assert "<details>" not in prose and "# solution:" not in prose
+    assert len(prose) < 0.6 * len(_prose(lesson))
+    for text in ("# ", "**Predict.**", "### Exercise"):
+        assert prose.count(text) == _prose(lesson).count(text) or text == "# "
+    for _image, _label, target in LINK.findall(prose):
+        file = target.partition("#")[0]
+        if not target.startswith("http"):
+            assert (ROOT / "handout" / file).resolve().exists(), target
+    assert lesson == _read(path)  # it was not changed
 
 
 @each_notebook
