@@ -269,6 +269,20 @@ def test_requantize_changes_the_experts_and_nothing_else(tmp_path, rule):
     assert (quantization["bits"], quantization["group_size"]) == (2, 32)
 
 
+@pytest.mark.parametrize("n_experts", [1, 3])
+def test_experts_worked_on_together_change_nothing(tmp_path, monkeypatch, n_experts):
+    source = write_tiny(tmp_path / "m", bits=4, dense_bits=8)
+    want = all_tensors(requantize(source, tmp_path / "all", 2, progress=False))
+    checkpoint = Checkpoint.open(source)
+    info = checkpoint.tensors["layers.0.mlp.experts.gate_proj.weight"]
+    n_bytes = n_experts * info.n_bytes // info.shape[0]
+    monkeypatch.setattr("flashmoe_ref.requantize.BLOCK_BYTES", n_bytes)
+    got = all_tensors(requantize(source, tmp_path / "some", 2, progress=False))
+    assert {n: a.tobytes() for n, a in got.items()} == {
+        n: a.tobytes() for n, a in want.items()
+    }
+
+
 def test_requantized_runs_in_mlx_lm(tmp_path):
     pytest.importorskip("mlx_lm")
     import mlx.core as mx
