@@ -9,7 +9,8 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 
 from .cli_options import REDUCED, build_parser
@@ -84,8 +85,8 @@ def run_generate(args: Namespace) -> None:
 
     prompt = _read_prompt(args.prompt)
     with _open_model(args) as model:
-        pieces = generate(model, prompt, args.max_tokens, **_sampling(args))
-        show(pieces)
+        with _recorded(model, args):
+            show(generate(model, prompt, args.max_tokens, **_sampling(args)))
         _report(model, args)
 
 
@@ -98,7 +99,8 @@ def run_chat(args: Namespace) -> None:
     thinking = None if args.thinking is None else args.thinking == "on"
     with _open_model(args) as model:
         session = chat(model, args.system, tools, thinking, **_sampling(args))
-        converse(session, args.max_tokens, say, note)
+        with _recorded(model, args):
+            converse(session, args.max_tokens, say, note)
         _report(model, args)
 
 
@@ -161,6 +163,23 @@ def run_verify(args: Namespace) -> None:
     say(text)
 
 
+def run_trace(args: Namespace) -> None:
+    """Say what a recorded run did, and write it in other forms."""
+    from .trace import Trace
+    from .trace_exchange import read_csv, write_chrome, write_csv
+
+    is_table = args.file.suffix.lower() == ".csv"
+    if args.n_experts is not None and not is_table:
+        raise ConfigError("--n-experts is for a .csv: other traces say it themselves")
+    trace = read_csv(args.file, args.n_experts) if is_table else Trace.load(args.file)
+    say(str(trace))
+    writers = {"chrome": write_chrome, "csv": write_csv, "npz": Trace.save}
+    for form, write in writers.items():
+        if (path := getattr(args, form)) is not None:
+            write(trace, path)
+            note(f"{path}: written")
+
+
 COMMANDS = {
     "generate": run_generate,
     "chat": run_chat,
@@ -169,6 +188,7 @@ COMMANDS = {
     "pack": run_pack,
     "requantize": run_requantize,
     "verify": run_verify,
+    "trace": run_trace,
 }
 
 
@@ -204,6 +224,25 @@ def _open_model(args: Namespace):
         threads=args.threads,
         compiled=not args.no_compile,
     )
+
+
+@contextmanager
+def _recorded(model, args: Namespace) -> Iterator[None]:
+    """Record what happens inside, if --trace asks for it, also if it is cut short."""
+    if args.trace is None:
+        yield
+        return
+    from .trace import record
+
+    if not args.trace.absolute().parent.is_dir() or args.trace.is_dir():
+        raise ConfigError(f"--trace {args.trace}: name a file in a folder that exists")
+    try:
+        with record(model) as trace:
+            yield
+    finally:
+        if trace.n_tokens:
+            trace.save(args.trace)
+            note(f"{args.trace}: {trace.n_tokens} tokens recorded")
 
 
 def _sampling(args: Namespace) -> dict[str, float]:

@@ -84,6 +84,16 @@ Checks headers, sizes and shapes; digests, where flashmoe wrote the files; packe
 experts byte for byte against the model."""
 
 
+TRACE = """examples:
+  flashmoe generate --trace run.npz "She"          record a run, then look at it:
+  flashmoe trace run.npz
+  flashmoe trace run.npz --chrome run.json         for ui.perfetto.dev
+  flashmoe trace other.csv --npz other.npz         picks of another engine
+
+A trace holds the router's picks, what was read when, and where the time went. A .csv
+has a row token, layer, expert (and perhaps weight) for each pick, best first."""
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other error."""
 
@@ -104,6 +114,7 @@ def build_parser() -> Parser:
     _add_pack(commands)
     _add_requantize(commands)
     _add_verify(commands)
+    _add_trace(commands)
     return parser
 
 
@@ -211,6 +222,22 @@ def _add_verify(commands) -> None:
     _add_progress_option(parser)
 
 
+def _add_trace(commands) -> None:
+    parser = _command(commands, "trace", "look at a recorded run", TRACE)
+    parser.add_argument("file", type=Path, help="a trace: .npz, or .csv")
+    parser.add_argument(
+        "--chrome", type=Path, metavar="FILE.json", help="write its timeline"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write its picks")
+    parser.add_argument("--npz", type=Path, metavar="FILE", help="write it as a trace")
+    parser.add_argument(
+        "--n-experts",
+        type=int,
+        metavar="N",
+        help="of a layer, for a .csv (default: its largest id and one)",
+    )
+
+
 # --- groups of options ----------------------------------------------------------------
 
 
@@ -294,6 +321,12 @@ def _add_report_options(parser: Parser) -> None:
     group = parser.add_argument_group("report")
     group.add_argument("--json", action="store_true", help="report as JSON")
     group.add_argument("--no-report", action="store_true", help="print none")
+    group.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE.npz",
+        help="record every pick, read and wait; see 'flashmoe trace'",
+    )
 
 
 def _add_width_options(parser: Parser, what: str) -> None:

@@ -165,10 +165,11 @@ class Trace:
             raise TraceError(f"{where}: {fault}")
 
     def __str__(self) -> str:
-        mode = self.about.get("mode", {})
+        mode, source = self.about.get("mode", {}), self.about.get("imported from", "")
         n_decoded = int(self.is_decode.sum())
         lines = {
-            "run": ", ".join(f"{key} {value}" for key, value in mode.items()),
+            "mode": ", ".join(f"{key} {value}" for key, value in mode.items()),
+            "source": source,
             "tokens": f"{self.n_tokens:,} in {len(self.steps):,} steps, "
             f"{n_decoded:,} of them one by one",
             "experts": f"{self.k} of {self.n_experts} a layer, {self.n_layers} layers",
@@ -176,11 +177,10 @@ class Trace:
         if self.hits is not None:
             lines["found"] = f"{self.hit_rate():.1%} of {len(self.hits):,} in a slot"
         if self.spans is not None and n_decoded:
-            took = {n: s[self.is_decode].mean() for n, s in self.breakdown().items()}
-            kinds = (f"{name} {1e3 * s:.3f}" for name, s in took.items() if s)
-            lines["decode"] = f"{1e3 * sum(took.values()):.3f} ms a token: " + (
-                ", ".join(kinds)
-            )
+            took = {n: 1e3 * s[self.is_decode] for n, s in self.breakdown().items()}
+            kinds = (f"{name} {np.median(ms):.3f}" for name, ms in took.items())
+            total = np.median(sum(took.values()))
+            lines["decode"] = f"{total:.3f} ms a token (median): {', '.join(kinds)}"
         return "\n".join(f"{name:8}{text}" for name, text in lines.items() if text)
 
 

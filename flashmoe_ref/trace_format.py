@@ -6,6 +6,7 @@ checking only; `trace.py` gives the arrays their meaning. *Taught in notebooks/0
 """
 
 import json
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -39,6 +40,17 @@ READ = np.dtype(
 )
 REQUIRED = ("picks", "n_experts", "steps", "about")
 OPTIONAL = ("ids", "weights", "hits", "spans", "reads")
+
+# What NumPy and zipfile raise for bytes that are not what they should be.
+DAMAGE = (
+    ValueError,
+    EOFError,
+    LookupError,
+    RuntimeError,  # "encrypted", "version not implemented"
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def write_arrays(path: str | Path, arrays: dict[str, np.ndarray], about: dict) -> None:
@@ -81,16 +93,17 @@ def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def _unzip(path: str | Path) -> dict[str, np.ndarray]:
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            raise ValueError("it holds one array")
-        with found:
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":  # as every zip begins
+                raise TraceError(f"{path}: not a trace (it is no .npz)")
+        with np.load(path, allow_pickle=False) as found:
             return dict(found)
-    except FileNotFoundError:
-        raise TraceError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except OSError as error:
+        reason = error.strerror or error
+        raise TraceError(f"{path}: cannot be read ({reason})") from None
+    except DAMAGE as error:
         reason = " ".join(str(error).split())
-        raise TraceError(f"{path}: not a trace, or damaged ({reason})") from None
+        raise TraceError(f"{path}: a damaged .npz ({reason}); get it again") from None
 
 
 def _parse(text: np.ndarray) -> dict | None:

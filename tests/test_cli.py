@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ from tiny import TEMPLATE, write_tiny, write_tokenizer
 from flashmoe_ref import cli, cli_options
 from flashmoe_ref.cli_chat import converse, readable_call
 from flashmoe_ref.toolcalls import ToolCall, format_tool_call, parse_tool_calls
+from flashmoe_ref.trace import Trace
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = list(cli.COMMANDS)
@@ -196,6 +197,44 @@ def test_files_from_bf16_to_two_bits(run: Callable, tmp_path: Path) -> None:
     assert "2 bits, group 32" in run("info", q2)[1]
 
 
+def test_a_run_is_recorded_and_shown(
+    run: Callable, model: Path, tmp_path: Path
+) -> None:
+    file, options = tmp_path / "run.npz", ("--model", model, "--max-tokens", 5, *FAST)
+    plain = run("generate", "Hi", "--no-report", *options)
+    code, out, err = run("generate", "Hi", "--no-report", "--trace", file, *options)
+    assert (code, out) == (0, plain[1])
+    assert err == f"{file}: 6 tokens recorded\n"
+    code, out, _ = run("trace", file)
+    assert code == 0
+    for words in ("engine numpy", "6 in 5 steps", "3 of 8 a layer", "ms a token"):
+        assert words in out
+    forms = {"--chrome": "t.json", "--csv": "t.csv", "--npz": "t.npz"}
+    targets = [word for o, name in forms.items() for word in (o, tmp_path / name)]
+    assert run("trace", file, *targets)[:2] == (0, out)
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert (tmp_path / "t.npz").read_bytes() == file.read_bytes()
+    code, out, _ = run("trace", tmp_path / "t.csv", "--n-experts", 500)
+    assert code == 0
+    assert "t.csv" in out and "3 of 500 a layer" in out
+    line = "Hello\n"
+    assert run("chat", "--trace", file, *options, stdin=line)[0] == 0
+    assert "tokens" in run("trace", file)[1]
+
+
+def test_a_trace_is_kept_when_a_run_is_cut(
+    run: Callable, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(pieces: Iterable[str]) -> None:
+        next(iter(pieces))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "show", stop)
+    file = tmp_path / "run.npz"
+    assert run("generate", "Hi", "--trace", file, "--model", model, *FAST)[0] == 130
+    assert 2 <= Trace.load(file).n_tokens < 10
+
+
 def test_chat_answers_every_line(run: Callable, model: Path) -> None:
     lines = "Hello\n\n/report\n/new\n/what\nHello\n/quit\nnever sent\n"
     args = ("chat", "--model", model, "--max-tokens", 4, "--no-report", *FAST)
@@ -351,6 +390,12 @@ OPTIONS = {
     ],
     "requantize onto itself": ["requantize", MODEL, MODEL, "--bits", "2"],
     "verify nothing": ["verify", "/no/such"],
+    "trace to nowhere": ["generate", "Hi", "--model", MODEL, "--trace", "/no/such/t"],
+    "trace to a folder": ["generate", "Hi", "--model", MODEL, "--trace", "tests"],
+    "no trace": ["trace", "/no/such.npz"],
+    "no table": ["trace", "/no/such.csv"],
+    "text as trace": ["trace", "LICENSE"],
+    "experts of a trace": ["trace", "LICENSE", "--n-experts", "9"],
     "verify no packed": ["verify", MODEL, "--packed", "/no/such"],
 }
 
