@@ -18,6 +18,7 @@ from .accounting import (
 )
 from .config import PRESETS
 from .quantize import pack
+from .toy import balance_loss
 
 BIG = PRESETS["qwen3.5-397b-a17b"]
 MIDDLE = PRESETS["qwen3.5-122b-a10b"]
@@ -101,6 +102,22 @@ def _greedy() -> Cases:
     return [((Counting(), [1, 2], 3), [3, 4, 5]), ((Counting(), [9], 1), [10])]
 
 
+def _route() -> Cases:
+    logits = np.random.default_rng(0).normal(size=(5, 8))
+    logits[1, [2, 5]] = 3.0  # a tie
+    cases = ((logits, 3), (logits[:, :4], 4), (logits[:2] + 1000, 1))
+    return [(case, layers.route_topk(*case)) for case in cases]
+
+
+def _balance() -> Cases:
+    logits = np.random.default_rng(0).normal(size=(40, 6))
+    logits[:, 1] += 2
+    return [
+        ((layers.softmax(logits), layers.route_topk(logits, k)[0]), value)
+        for k, value in ((k, balance_loss(logits, k)) for k in (1, 3))
+    ]
+
+
 def _decode_attention() -> Cases:
     rng = np.random.default_rng(0)
     cases = []
@@ -159,6 +176,8 @@ def _row_product() -> Cases:
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
+    "1.1": _route,
+    "1.2": _balance,
     "2.1": _decode_attention,
     "2.2": _tokens_that_fit,
     "3.1": _delta_step,

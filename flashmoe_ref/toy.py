@@ -200,6 +200,25 @@ def count_idle(load: np.ndarray) -> int:
     return int(np.sum(load < IDLE_SHARE / len(load)))
 
 
+class Score(NamedTuple):
+    """How well a trained toy does, and how evenly it uses its experts."""
+
+    error: float  # mean squared error
+    effective: float  # experts in use
+    idle: int  # experts with almost no tokens
+    balance: float  # the balance loss
+
+
+def score(w: Weights, batch: Batch, k: int) -> Score:
+    """Measure a layer on tokens, with k experts a token."""
+    logits = linear(batch.x, w["gate"])
+    experts, weights = route_topk(logits, k)
+    load = expert_load(experts, logits.shape[-1])
+    error = squared_error(moe(batch.x, w, experts, weights), batch.target)
+    balance = balance_loss(logits, k)
+    return Score(error, effective_experts(load), count_idle(load), balance)
+
+
 def weight_by_cluster(
     experts: np.ndarray, weights: np.ndarray, cluster: np.ndarray, n_experts: int
 ) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import ConfigError
-from .layers import expert_mlp, linear, route_topk, sigmoid, silu, softmax
+from .layers import expert_mlp, linear, route_topk, sigmoid, softmax
 from .toy import MATRICES, Batch, Task, Weights, expert_load, expert_outputs
 
 SHARED = tuple(f"shared_{name}" for name in MATRICES)
@@ -120,10 +120,11 @@ def mlp_backward(
     """
     a, b = linear(x, gate), linear(x, up)  # (T, F)
     s = sigmoid(a)
+    silu_a = a * s
     dh = dy @ down  # (T, F), where h = silu(a) * b
-    da = dh * b * s * (1 + a * (1 - s))  # silu'(a) = s (1 + a (1 - s))
-    db = dh * silu(a)
-    return da.T @ x, db.T @ x, dy.T @ (silu(a) * b)
+    da = dh * b * (s + silu_a * (1 - s))  # silu'(a) = s + silu(a) (1 - s)
+    db = dh * silu_a
+    return da.T @ x, db.T @ x, dy.T @ (silu_a * b)
 
 
 # --- by MLX ---------------------------------------------------------------------------

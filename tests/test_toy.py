@@ -187,6 +187,15 @@ def test_losses_are_those_of_the_layer():
     assert loss.balance == pytest.approx(toy.balance_loss(logits, SMALL.k))
 
 
+def test_score_puts_the_measures_together():
+    batch, w = batch_and_weights()
+    score, (loss, _) = toy.score(w, batch, 3), gradient_numpy(w, batch, 3, 0.0)
+    assert (score.error, score.balance) == pytest.approx(loss)
+    load = toy.expert_load(toy.route(batch.x, w, 3)[0], SMALL.n_experts)
+    assert score.effective == toy.effective_experts(load)
+    assert score.idle == toy.count_idle(load)
+
+
 def test_unused_experts_get_no_gradient_but_from_the_balance():
     batch, w = batch_and_weights()
     batch = batch._replace(x=np.abs(batch.x))
@@ -257,13 +266,12 @@ def top_weight(w, batch):
 def test_experts_specialise_and_balance_keeps_them_in_use():
     task, w = toy.make_task(1), toy.init_weights(1, ToySizes())
     test = task.draw(np.random.default_rng(9), 2000)
-    effective, top = {}, {}
+    scores, top = {}, {}
     for balance in (0.0, 0.1):
         run = train(task, w, 4, balance, 1, n_steps=250, backend="numpy")
-        experts, weights = toy.route(test.x, run.weights, 4)
-        effective[balance] = toy.effective_experts(toy.expert_load(experts, 16))
-        y = toy.moe(test.x, run.weights, experts, weights)
-        assert toy.squared_error(y, test.target) < 0.6  # a constant makes 1
+        scores[balance] = toy.score(run.weights, test, 4)
+        assert scores[balance].error < 0.6  # a constant makes 1
         top[balance] = top_weight(run.weights, test)
-    assert effective[0.1] > 1.4 * effective[0.0], effective
+    assert scores[0.1].effective > 1.4 * scores[0.0].effective, scores
+    assert scores[0.1].idle < scores[0.0].idle, scores
     assert top[0.1] > top_weight(w, test) + 0.1, top
