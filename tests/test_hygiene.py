@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from notebook_times import NotebookTimes
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -244,3 +247,26 @@ def _anchors(path: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     made = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
     return made | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+# --- the classroom --------------------------------------------------------------------
+
+
+def test_environment_serves_binder() -> None:
+    """What can be checked without conda: the names, and that all is listed once."""
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    *conda, pip = listed["dependencies"]
+    assert listed["channels"] == ["conda-forge"]
+    assert "pip" in conda and pip == {"pip": ["-e .[test]"]}
+    (python,) = (name for name in conda if name.startswith("python="))
+    assert python.partition("=")[2] in SpecifierSet(project["requires-python"])
+    assert "flashmoe-ref[lab]" in project["optional-dependencies"]["test"]
+
+
+def test_make_lab_opens_the_first_lesson() -> None:
+    done = subprocess.run(
+        ["make", "-n", "lab"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert f"notebooks/{NOTEBOOKS[0].name}" in done.stdout
+    assert NOTEBOOKS[0].name.startswith("00_")
