@@ -4,8 +4,8 @@ Three kinds of text, each at K = 10 (as trained) and K = 4, token by token:
     stories  an opening sentence, then what the model makes of it (temperature 0.8)
     tools    requests with tool schemas; calls as the model makes them (greedy)
     chat     small talk, stories, JSON, copying, tools in turn (temperature 0.7)
-Prompts come from the generator in data/build; its words from the model's vocabulary, its
-phrases and tales from stories that the model tells. No text from outside is needed.
+Prompts come from the generator in data/build; its words from the model's vocabulary,
+its phrases and tales from stories that the model tells. Nothing else is needed.
 
 But: picks only. Times and reads are a matter of the machine; record them where you are
 (`flashmoe generate --trace FILE`).
@@ -42,17 +42,11 @@ LONGEST = 512  # tokens of a text, as in training
 STORY_TOKENS = 400
 KS = (10, 4)
 OPENINGS = ("Once upon a time there was", "There was once", "Long ago there lived")
-WHO = (
-    "king queen farmer miller tailor fox bear mouse giant fairy sailor shepherd".split()
-)
+WHO = "king queen farmer miller tailor fox bear mouse giant sailor shepherd".split()
 WHERE = ("by the sea", "in a wood", "on a hill", "in a great city", "beside a mill")
-THEN = (
-    "who had three sons",
-    "who could not sleep",
-    "who had lost a ring",
-    "who was poor",
-)
-CHAT_SHARES = {"chat": 45, "json": 20, "dialogue": 25, "copy": 10}  # percent
+WHICH = ("had three sons", "could not sleep", "had lost a ring", "was very poor")
+TOOL_SHARES = {"tool": 60, "tools": 15, "reply": 25}  # percent
+CHAT_SHARES = {"chat": 45, "json": 20, "dialogue": 25, "copy": 10}
 
 
 class Text(NamedTuple):
@@ -66,13 +60,13 @@ class Text(NamedTuple):
 
 def story_prompt(model: Model, rng: random.Random) -> Text:
     """The beginning of a tale."""
-    who = f"{rng.choice(WHO)} {rng.choice(WHERE)}, {rng.choice(THEN)}"
+    who = f"{rng.choice(WHO)} {rng.choice(WHERE)}, who {rng.choice(WHICH)}"
     ids = model.tokenizer.encode(f"{rng.choice(OPENINGS)} a {who}.")
     return Text("story", ids, STORY_TOKENS - len(ids), 0.8)
 
 
 def dialogue_prompt(
-    model: Model, rng: random.Random, pools: dict, kind: str | None, temperature: float
+    model: Model, rng: random.Random, pools: dict, kind: str, temperature: float
 ) -> Text | None:
     """A dialogue up to where its last answer begins; None if it is too long."""
     dialogue = make(rng, pools, kind=kind)
@@ -120,25 +114,24 @@ def make_pools(model: Model) -> dict:
         "phrases": sorted(phrases) or ["the old house"],
         "tales": tales,
         "lists": lists,
-        **dict.fromkeys(("first_held", "city_held", "words_held", "phrases_held"), []),
+        **{f"{name}_held": [] for name in ("first", "city", "words", "phrases")},
     }
 
 
 def kinds_of_text(model: Model, pools: dict) -> dict[str, Callable]:
     """Name of the trace -> a function of a generator that draws a text, or None."""
-    shares = list(CHAT_SHARES), list(CHAT_SHARES.values())
+
+    def dialogues(shares: dict[str, int], temperature: float) -> Callable:
+        def draw(rng: random.Random) -> Text | None:
+            kind = rng.choices(list(shares), list(shares.values()))[0]
+            return dialogue_prompt(model, rng, pools, kind, temperature)
+
+        return draw
+
     return {
         "stories": lambda rng: story_prompt(model, rng),
-        "tools": lambda rng: dialogue_prompt(
-            model,
-            rng,
-            pools,
-            rng.choices(["tool", "tools", "reply"], [60, 15, 25])[0],
-            0,
-        ),
-        "chat": lambda rng: dialogue_prompt(
-            model, rng, pools, rng.choices(*shares)[0], 0.7
-        ),
+        "tools": dialogues(TOOL_SHARES, 0.0),
+        "chat": dialogues(CHAT_SHARES, 0.7),
     }
 
 
