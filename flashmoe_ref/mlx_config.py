@@ -51,7 +51,7 @@ def _nested(raw: dict, config: ModelConfig) -> dict:
     # mlx-lm reads these two nowhere else, and has defaults of its own.
     if config.tie_word_embeddings:
         text["tie_word_embeddings"] = True
-    text.setdefault("full_attention_interval", _full_attention_interval(config))
+    text.setdefault("full_attention_interval", full_attention_interval(config))
     return raw
 
 
@@ -72,13 +72,14 @@ def _name_rope_flat(raw: dict, config: ModelConfig) -> None:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "norm_topk_prob": True,
-        "full_attention_interval": _full_attention_interval(config),
+        "full_attention_interval": full_attention_interval(config),
     }
     for key, value in defaults.items():
         raw.setdefault(key, value)
 
 
-def _full_attention_interval(config: ModelConfig) -> int:
+def full_attention_interval(config: ModelConfig) -> int:
+    """Every how many layers comes one with attention; beyond the last if none does."""
     if "full_attention" not in config.layer_types:
         return config.num_hidden_layers + 1
     return config.layer_types.index("full_attention") + 1
