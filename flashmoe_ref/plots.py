@@ -237,17 +237,20 @@ def heatmap(
 def mark(
     ax: Axes, x: float | None = None, y: float | None = None, text: str = ""
 ) -> Axes:
-    """Draw a dotted line across the axes at x, or at y, with its text beside it."""
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
-    style = {"textcoords": "offset points", "fontsize": TICK_PT, "bbox": box}
+    """Draw a dotted line across the axes at x, or at y, with its text beside it.
+
+    The text stands where it covers least of the lines that are there already.
+    """
     if x is not None:
         ax.axvline(x, color=BLACK, lw=1.5, ls=":")
-        place = {"xy": (x, 1), "xycoords": ("data", "axes fraction")}
-        ax.annotate(text, xytext=(6, -5), va="top", **place, **style)
+        ends = ((1, "top"), (0, "bottom"), (0.5, "center"))
+        spots = [(x, at, ha, va) for at, va in ends for ha in ("left", "right")]
+        _write_beside(ax, text, ("data", "axes fraction"), spots)
     if y is not None:
         ax.axhline(y, color=BLACK, lw=1.5, ls=":")
-        place = {"xy": (0, y), "xycoords": ("axes fraction", "data")}
-        ax.annotate(text, xytext=(6, 4), va="bottom", **place, **style)
+        ends = ((0, "left"), (1, "right"), (0.5, "center"))
+        spots = [(at, y, ha, va) for at, ha in ends for va in ("bottom", "top")]
+        _write_beside(ax, text, ("axes fraction", "data"), spots)
     return ax
 
 
@@ -286,6 +289,43 @@ def _bar_labels(heights: Sequence[float], room_in: float) -> tuple[list[str], in
 
 def _legend(ax: Axes, entries: Sequence) -> None:
     ax.legend(handles=entries, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+
+
+def _write_beside(
+    ax: Axes, text: str, coords: tuple[str, str], spots: list[tuple]
+) -> None:
+    """Write a text at the spot (x, y, ha, va) where it covers least of the lines."""
+    ax.figure.draw_without_rendering()  # settles where everything is
+    drawn = np.concatenate([np.zeros((0, 2)), *map(_on_screen, _named(ax))])
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
+    away = {"left": 6, "bottom": 4, "center": 0, "right": -6, "top": -4}  # points
+    tried = []
+    for order, (x, y, ha, va) in enumerate(spots):
+        label = ax.annotate(
+            text,
+            (x, y),
+            xycoords=coords,
+            xytext=(away[ha], away[va]),
+            textcoords="offset points",
+            ha=ha,
+            va=va,
+            bbox=box,
+        )
+        extent, inside = label.get_window_extent(), ax.get_window_extent()
+        covered = extent.padded(6).count_contains(drawn)
+        sticks_out = extent.x0 < inside.x0 or extent.x1 > inside.x1
+        tried.append((covered + 5 * sticks_out, order, label))
+    for _cost, _order, label in sorted(tried)[1:]:
+        label.remove()
+
+
+def _on_screen(line: plt.Line2D, n: int = 500) -> np.ndarray:
+    """Points (n, 2) along a line, in pixels."""
+    points = line.get_transform().transform(line.get_xydata())
+    points = points[np.isfinite(points).all(axis=1)]
+    at = np.linspace(0, max(len(points) - 1, 0), n if len(points) else 0)
+    steps = np.arange(len(points))
+    return np.stack([np.interp(at, steps, axis) for axis in points.T], axis=1)
 
 
 def _width_in(ax: Axes) -> float:

@@ -36,33 +36,41 @@ def _contrast_with_white(colour: str) -> float:
     return 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05)
 
 
-def _every_form() -> dict[str, Axes]:
+FORMS = ("lines", "bars", "histogram", "heatmap", "numbers")
+
+
+def _draw(form: str) -> Axes:
     rng = np.random.default_rng(0)
     xs = np.arange(1, 11)
     words = "the old man looked at the sea and said that it was late".split()
     values = rng.normal(size=4000)
-    return {
-        "lines": plots.lines(
+    draw = {
+        "lines": lambda: plots.lines(
             {f"name {i}": (xs, xs ** (i / 3)) for i in range(5)},
             title="A finding that needs more than one line, as sentences often do",
             x="experts kept (K)",
             y="loss (nats)",
         ),
-        "bars": plots.bars(
+        "bars": lambda: plots.bars(
             {"4 bits": {"gate": 1234, "up": 12}, "a second, longer name": {"gate": 3}},
             title="Bars",
             y="time (ms)",
         ),
-        "histogram": plots.histogram(values, levels=np.linspace(-3, 3, 16), x="w"),
-        "heatmap": plots.heatmap(
+        "histogram": lambda: plots.histogram(
+            values, levels=np.linspace(-3, 3, 16), x="w"
+        ),
+        "heatmap": lambda: plots.heatmap(
             rng.normal(size=(13, 13)),
             rows=words,
             columns=words,
             diverging=True,
             value="score",
         ),
-        "numbers": plots.heatmap(rng.random((8, 8)), numbers=True, value="share"),
+        "numbers": lambda: plots.heatmap(
+            rng.random((8, 8)), numbers=True, value="share"
+        ),
     }
+    return draw[form]()
 
 
 # --- the style ------------------------------------------------------------------------
@@ -74,11 +82,9 @@ def test_colours_stand_out_on_white() -> None:
     assert len(plots.COLOURS) == 5
 
 
-@pytest.mark.parametrize(
-    "form", ["lines", "bars", "histogram", "heatmap", "numbers"], ids=str
-)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_form_is_readable(form: str) -> None:
-    ax = _every_form()[form]
+    ax = _draw(form)
     fig = ax.figure
     fig.canvas.draw()
     assert tuple(fig.get_size_inches()) == (8.0, 4.5)
@@ -92,19 +98,20 @@ def test_a_form_is_readable(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["lines", "bars", "histogram"])
 def test_the_legend_covers_no_data(form: str) -> None:
-    ax = _every_form()[form]
+    ax = _draw(form)
     ax.figure.canvas.draw()
     legend = ax.get_legend().get_window_extent()
     assert legend.x0 >= ax.get_window_extent().x1
     assert legend.x1 <= ax.figure.bbox.x1 + 1  # and is not cut off
 
 
-def test_names_of_ticks_do_not_overlap() -> None:
-    for form, ax in _every_form().items():
-        ax.figure.canvas.draw()
-        for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
-            boxes = [t.get_window_extent() for t in labels if t.get_text()]
-            assert not any(a.overlaps(b) for a, b in pairwise(boxes)), form
+@pytest.mark.parametrize("form", FORMS)
+def test_names_of_ticks_do_not_overlap(form: str) -> None:
+    ax = _draw(form)
+    ax.figure.canvas.draw()
+    for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+        boxes = [t.get_window_extent() for t in labels if t.get_text()]
+        assert not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
 # --- the forms ------------------------------------------------------------------------
@@ -200,6 +207,21 @@ def test_mark_stands_at_its_place() -> None:
     assert [text.get_text() for text in ax.texts] == ["three", "five"]
     plots.lines({"b": ([0], [1])}, ax=ax)
     assert ax.lines[-1].get_color() == plots.COLOURS[1]  # marks do not count
+
+
+def test_a_mark_s_text_covers_no_line_if_it_can() -> None:
+    xs = np.linspace(0, 10, 50)
+    low = plots.lines({"a": (xs, xs / 100), "b": (xs, 10 - xs)})  # a crowds the left
+    plots.mark(low, y=0.2, text="along the first line")
+    plots.mark(low, x=1, text="top is full")
+    low.figure.canvas.draw()
+    for text in low.texts:
+        box = text.get_window_extent()
+        for line in low.lines[:2]:
+            assert not box.count_contains(
+                line.get_transform().transform(line.get_xydata())
+            ), text.get_text()
+    assert len(low.texts) == 2
 
 
 @pytest.mark.parametrize(
