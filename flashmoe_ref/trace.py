@@ -223,7 +223,7 @@ def record(model: Model, times: bool = True, **about: object) -> Iterator[Trace]
 def _trace_of(recorder: Recorder, model: Model, about: dict) -> Trace:
     """Make arrays of what a recorder has kept."""
     recorder.drop_unfinished()
-    n_tokens, files = len(recorder.ids), model.store.files
+    files = model.store.files
     known = {
         "model": model.path.resolve().name,
         "mode": model.mode,
@@ -231,11 +231,11 @@ def _trace_of(recorder: Recorder, model: Model, about: dict) -> Trace:
         "flashmoe": __version__,
     }
     trace = Trace(
-        picks=recorder.picks[:n_tokens].astype(np.int32),
+        picks=recorder.by_token(recorder.picks, np.int64).astype(np.int32),
         n_experts=model.config.num_experts,
         steps=np.array(recorder.steps, STEP),
         ids=np.array(recorder.ids, np.int32),
-        weights=recorder.weights[:n_tokens].astype(np.float16),
+        weights=recorder.by_token(recorder.weights, np.float32).astype(np.float16),
         hits=np.frombuffer(bytes(recorder.hits), bool),
         about=json.loads(json.dumps(known | about)),
     )
