@@ -83,7 +83,10 @@ class CompiledModel(NumpyModel):
         )
         recorder = self.store.recorder
         recorder.routed(experts, weights)
-        ticket = self.store.request(layer, experts.tolist())
+        picks = experts.tolist()
+        ticket = self.store.request(layer, picks)
+        if self.store.predictor is not None:
+            self.prefetch(layer, picks, h[None])
         steps.shared_expert_step(x, h, *own["shared"])
         recorder.lap(recording.SHARED)
         slots = np.array(ticket.wait())

@@ -15,12 +15,16 @@ from typing import Self
 
 import numpy as np
 
+from .caching import Caching
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import ConfigError
 from .experts import PACKED_FOLDER, ExpertFiles, experts_in_place, packed_experts
+from .policies import most_frequent
+from .predictors import make_predictor
 from .report import Meter, Report, make_report
-from .streaming import Allocate, Counters, ExpertStore, allocate_numpy
+from .slots import Allocate, allocate_numpy
+from .streaming import Counters, ExpertStore
 
 ENGINES = ("auto", "numpy", "mlx")
 EXPERTS = ("stream", "packed", "resident")
@@ -35,6 +39,12 @@ def load(
     slots: int | None = None,
     threads: int = 4,
     compiled: bool = True,
+    policy: str = "lru",
+    budget: int | None = None,
+    pin: int = 0,
+    prefetch: str | None = None,
+    profile: str | Path | np.ndarray | None = None,
+    bypass_page_cache: bool = False,
 ) -> "Model":
     """Open a model folder for generation.
 
@@ -42,10 +52,18 @@ def load(
     experts:  "stream" reads them in place from the checkpoint's own files, "packed"
               from its packed_experts folder, "resident" keeps all of them in memory.
     k:        experts per token; fewer than trained reads less and answers worse.
-    slots:    experts kept in memory for each layer (least recently used go); None keeps
-              none beyond the layer at hand and leaves caching to the operating system.
+    slots:    experts kept in memory for each layer; None keeps none beyond the layer at
+              hand and leaves caching to the operating system.
     threads:  threads that read.
     compiled: False runs the numpy engine without Numba: the specification, slowly.
+    policy:   which expert goes when a slot is needed: "lru", "lfu", "fifo" or "clock".
+    budget:   instead of slots: experts kept in memory for all layers together.
+    pin:      experts of each layer (with budget: of all) that always stay, those used
+              most in the profile.
+    prefetch: read ahead what the next layer may need: "last-token", "frequency",
+              "co-occurrence" or "look-ahead"; with a number of experts: "look-ahead:4".
+    profile:  a recorded trace (.npz), or picks (T, L, K), to pin and predict by.
+    bypass_page_cache: read past the operating system's cache; see `reading.py`.
     Raises: ConfigError, CheckpointError or ReadError, in one line that says what to do.
     """
     _check_choice("engine", engine, ENGINES)
@@ -54,15 +72,17 @@ def load(
     config = checkpoint.config
     if k is not None:
         config = config.with_experts_per_token(k)
+    caching = _caching(config, slots, budget, policy, pin, prefetch, profile)
     if experts == "resident":
-        if slots is not None:
+        if caching.keeps or pin or prefetch or policy != "lru":
             raise ConfigError(
-                "slots has no meaning with experts='resident': all are in memory"
+                "slots, budget, policy, pin and prefetch have no meaning with "
+                "experts='resident': all are in memory"
             )
-        slots = config.num_experts
+        caching = Caching(slots=config.num_experts)
     engine = _choose_engine(engine)
-    files = _expert_files(checkpoint, experts)
-    store = ExpertStore(files, config, _allocator(engine), slots, threads)
+    files, allocate = _expert_files(checkpoint, experts), _allocator(engine)
+    store = ExpertStore(files, config, allocate, caching, threads, bypass_page_cache)
     try:
         if experts == "resident":
             store.fill()
@@ -76,9 +96,17 @@ def load(
         "k": config.num_experts_per_tok,
         "trained k": checkpoint.config.num_experts_per_tok,
         "bits": _bits(files),
-        "slots": slots if slots is not None else "none (page cache)",
+        "slots": _slots_in_words(caching),
         "threads": threads,
     }
+    if caching.keeps and experts != "resident":
+        mode |= {"policy": policy}
+    if pin:
+        mode |= {"pinned": pin}
+    if prefetch:
+        mode |= {"prefetch": prefetch}
+    if bypass_page_cache:
+        mode |= {"page cache": f"bypassed{', with a copy' if store.copies else ''}"}
     return Model(checkpoint, config, runner, store, mode)
 
 
@@ -102,6 +130,59 @@ def _choose_engine(engine: str) -> str:
         if mx.default_device() == mx.Device(mx.gpu):
             return "mlx"
     return "numpy"
+
+
+def _caching(
+    config: ModelConfig,
+    slots: int | None,
+    budget: int | None,
+    policy: str,
+    pin: int,
+    prefetch: str | None,
+    profile: str | Path | np.ndarray | None,
+) -> Caching:
+    """The settings of a store, as load() names them."""
+    shape = config.num_hidden_layers, config.num_experts
+    picks = None if profile is None else _read_profile(profile, *shape)
+    pinned = predictor = None
+    if pin:
+        if pin < 0 or picks is None:
+            raise ConfigError(
+                f"pin={pin}: give a number of experts, and in profile= a recorded "
+                f"trace that tells which are used most"
+            )
+        counts = np.zeros(shape, int)
+        np.add.at(counts, (np.arange(shape[0])[:, None], picks), 1)
+        pinned = most_frequent(counts, pin, budget is not None)
+    if prefetch is not None:
+        k = config.num_experts_per_tok
+        predictor = make_predictor(prefetch, *shape, k, picks)
+    return Caching(slots, budget, policy, pinned, predictor)
+
+
+def _read_profile(
+    profile: str | Path | np.ndarray, n_layers: int, n_experts: int
+) -> np.ndarray:
+    """The picks (T, L, K) of another run. Raises: ConfigError, TraceError, OSError."""
+    picks = profile
+    if isinstance(profile, str | Path):
+        from .trace_format import read_arrays
+
+        picks = read_arrays(profile)[0]["picks"]
+    picks = np.asarray(picks)
+    fits = picks.ndim == 3 and picks.shape[1] == n_layers and picks.size > 0
+    if not fits or picks.min() < 0 or picks.max() >= n_experts:
+        raise ConfigError(
+            f"profile: picks of shape {picks.shape} do not belong to a model of "
+            f"{n_layers} layers with {n_experts} experts; record a trace with this one"
+        )
+    return picks.astype(int)
+
+
+def _slots_in_words(caching: Caching) -> object:
+    if caching.is_shared:
+        return f"{caching.budget} for all layers"
+    return "none (page cache)" if caching.slots is None else caching.slots
 
 
 def _expert_files(checkpoint: Checkpoint, experts: str) -> ExpertFiles:

@@ -13,8 +13,10 @@ then, so the experts of layer l are evaluated no later than the router of layer 
 *Slots.* A slot is refilled only by a request to its bank, and a request follows a wait
 that covers every use of the bank so far: the router's of the next layer for a bank that
 all layers share, and of the next token for a layer's own. Inside a prompt, where one
-layer makes several requests, each but the last wave of experts is waited for. So no
-graph that is still to be evaluated refers to a slot that is overwritten.
+layer makes several requests, each but the last wave of experts is waited for. A read
+ahead may begin earlier, right after a layer's request: all of the layer before has been
+computed by then, and it spares the slots of this request. So no graph that is still to
+be evaluated refers to a slot that is overwritten.
 
 *Bits.* On the CPU each row of a product is computed by itself, so the logits do not
 depend on slots or waves. On a GPU MLX may choose a kernel by the number of rows, which
@@ -227,12 +229,13 @@ class MlxModel:
         """
         w = self.layers[layer]
         router_logits = linear(h.astype(mx.float32), w["gate"])
-        mx.async_eval(router_logits)
+        ahead = self.scores_ahead(layer, h) if self.looks_ahead(layer, h) else None
+        mx.async_eval(router_logits, ahead)
         shared = layers.shared_expert(h, w)
         mx.async_eval(shared)  # queued behind the logits, which do not wait for it
         recorder = self.store.recorder
         recorder.lap(recording.MIX)
-        self.wait(router_logits)
+        self.wait(router_logits, ahead)
         recorder.lap(recording.SYNC)
         experts, weights = reference.route_topk(
             np.array(router_logits, copy=False), self.config.num_experts_per_tok
@@ -240,15 +243,38 @@ class MlxModel:
         recorder.routed(experts, weights)
         if len(h) > 1:
             return self.experts_of_prompt(layer, h, experts, weights) + shared
-        ticket = self.store.request(layer, experts[0].tolist())
+        picks = experts[0].tolist()
+        ticket = self.store.request(layer, picks)
+        if self.store.predictor is not None:
+            scores = None if ahead is None else np.array(ahead, copy=False)[0]
+            self.store.prefetch(layer, picks, scores)
         return self.experts_of_token(layer, h, ticket.wait(), weights[0]) + shared
+
+    def looks_ahead(self, layer: int, h: mx.array) -> bool:
+        """Whether the store wants the next router's scores, which one token has."""
+        predictor, has_next = self.store.predictor, layer + 1 < len(self.layers)
+        wanted = predictor is not None and predictor.looks_ahead
+        return wanted and has_next and len(h) == 1
+
+    def scores_ahead(self, layer: int, h: mx.array) -> mx.array:
+        """What the next layer's router says of this layer's hidden state.
+
+        Shapes: h (T, D), as this layer's router sees it -> (T, E).
+        """
+        now, after = (
+            self.layers[i]["post_attention_layernorm"] for i in (layer, layer + 1)
+        )
+        # h was scaled by this layer's norm; the next router expects its own
+        ratio = mx.where(now == 0, 0, after / now)
+        return linear(h.astype(mx.float32) * ratio, self.layers[layer + 1]["gate"])
 
     def experts_of_token(
         self, layer: int, h: mx.array, slots: list[int], weights: np.ndarray
     ) -> mx.array:
         """Weighted sum of K experts, best first. Shapes: h (1, D) -> (1, D)."""
         experts, index = self.experts[layer], mx.array(slots, mx.uint32)
-        if self.widened_bytes[layer] > COPY_BYTES and self.store.capacity > len(slots):
+        n_slots = self.store.bank(layer).n_slots
+        if self.widened_bytes[layer] > COPY_BYTES and n_slots > len(slots):
             # MLX would widen the whole bank; a copy of the slots in use is cheaper.
             experts = {name: matrix[index] for name, matrix in experts.items()}
             index = mx.arange(len(slots), dtype=mx.uint32)
@@ -292,7 +318,7 @@ class MlxModel:
         places = np.argsort(slots, kind="stable")[np.sum(slots < 0) :]
         slots = slots[places]
         row_bytes = 3 * h.dtype.size * h.shape[1]  # input, output, what is between
-        slot_bytes = self.widened_bytes[layer] // self.store.capacity
+        slot_bytes = self.widened_bytes[layer] // self.store.bank(layer).n_slots
         for rows in blocks(slots, row_bytes, slot_bytes):
             first, last = slots[rows.start], slots[rows.stop - 1] + 1
             # slices share memory with the bank

@@ -166,11 +166,17 @@ class NumpyModel:
 
     def layer(self, layer: int, x: np.ndarray, state: State) -> np.ndarray:
         """One block: mix over time, then over experts. Shapes: x (T, D) -> (T, D)."""
+        x, h = self.before_experts(layer, x, state)
+        return x + self.moe(layer, h)
+
+    def before_experts(
+        self, layer: int, x: np.ndarray, state: State
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mix over time. Shapes: x (T, D) -> x (T, D), and what its router sees."""
         w, eps = self.layers[layer], self.config.rms_norm_eps
         h = layers.rms_norm(x, w["input_layernorm"], eps)
         x = x + self.mix(layer, h, state)
-        h = layers.rms_norm(x, w["post_attention_layernorm"], eps)
-        return x + self.moe(layer, h)
+        return x, layers.rms_norm(x, w["post_attention_layernorm"], eps)
 
     def mix(self, layer: int, h: np.ndarray, state: State) -> np.ndarray:
         """Gated DeltaNet or gated attention. Shapes: h (T, D) -> (T, D)."""
@@ -200,10 +206,36 @@ class NumpyModel:
             return self.experts_of_prompt(layer, h, experts, weights) + (
                 layers.shared_expert(h, w, self.linear)
             )
-        ticket = self.store.request(layer, experts[0].tolist())
+        picks = experts[0].tolist()
+        ticket = self.store.request(layer, picks)
+        if self.store.predictor is not None:
+            self.prefetch(layer, picks, h)
         shared = layers.shared_expert(h, w, self.linear)
         self.store.recorder.lap(recording.SHARED)
         return self.experts_of_token(layer, h, ticket.wait(), weights[0]) + shared
+
+    def prefetch(self, layer: int, picks: list[int], h: np.ndarray) -> None:
+        """Let threads read what the next layer may need while this one computes.
+
+        Shapes: h (1, D), as this layer's router sees it.
+        """
+        scores = None
+        has_next = layer + 1 < self.config.num_hidden_layers
+        if self.store.predictor.looks_ahead and has_next:
+            scores = self.scores_ahead(layer, h)[0]
+        self.store.prefetch(layer, picks, scores)
+
+    def scores_ahead(self, layer: int, h: np.ndarray) -> np.ndarray:
+        """What the next layer's router says of this layer's hidden state.
+
+        Shapes: h (T, D), as this layer's router sees it -> (T, E).
+        """
+        now, after = (
+            self.layers[i]["post_attention_layernorm"] for i in (layer, layer + 1)
+        )
+        # h was scaled by this layer's norm; the next router expects its own
+        ratio = np.divide(after, now, out=np.zeros_like(after), where=now != 0)
+        return self.linear(h * ratio, self.layers[layer + 1]["gate"])
 
     def experts_of_token(
         self, layer: int, h: np.ndarray, slots: list[int], weights: np.ndarray

@@ -29,8 +29,8 @@ class Slots:
         self.slots: OrderedDict[Key, int] = OrderedDict()  # in order of arrival
         self.free = list(range(n_slots - len(self.pinned) - 1, -1, -1))
 
-    def used(self, key: Key) -> None:
-        """A key was requested and is in a slot."""
+    def used(self, keys: Sequence[Key]) -> None:
+        """Keys were requested and are in slots; in the order of the request."""
 
     def added(self, key: Key) -> None:
         """A key was given a slot."""
@@ -44,14 +44,16 @@ class Slots:
 
         Returns the slots in the order of keys, and the keys to be read.
         """
-        missing = []
-        for key in keys:  # first those that are here, in the order of the request
-            if key in self.slots:
-                self.used(key)
-            elif key not in self.pinned:
-                missing.append(key)
-        self._add(missing, keys)
-        return [self.slot_of(key) for key in keys], missing
+        slots, missing = self.slots, []
+        present = [key for key in keys if key in slots]
+        self.used(present)  # first those that are here
+        if len(present) < len(keys):
+            pinned = self.pinned
+            missing = [k for k in keys if k not in slots and k not in pinned]
+            self._add(missing, keys)
+        if self.pinned:
+            return [self.slot_of(key) for key in keys], missing
+        return [slots[key] for key in keys], missing
 
     def prefetch(
         self, keys: Sequence[Key], keep: Sequence[Key] = ()
@@ -98,9 +100,10 @@ class FifoSlots(Slots):
 class LruSlots(Slots):
     """Least recently used goes first."""
 
-    def used(self, key: Key) -> None:
-        """It moves to the end of the row."""
-        self.slots.move_to_end(key)
+    def used(self, keys: Sequence[Key]) -> None:
+        """They move to the end of the row."""
+        for key in keys:
+            self.slots.move_to_end(key)
 
     def victim(self, needed: Collection[Key]) -> Key:
         """The key at the front of the row."""
@@ -120,9 +123,10 @@ class ClockSlots(Slots):
         self.marked = [False] * len(self.free)
         self.hand = 0
 
-    def used(self, key: Key) -> None:
-        """It gets a second chance."""
-        self.marked[self.slots[key]] = True
+    def used(self, keys: Sequence[Key]) -> None:
+        """They get a second chance."""
+        for key in keys:
+            self.marked[self.slots[key]] = True
 
     def added(self, key: Key) -> None:
         """It has none yet."""
@@ -178,18 +182,19 @@ class LfuSlots(Slots):
             for key in self.score:
                 self.score[key] *= 2.0**-RESCALE
 
-    def used(self, key: Key) -> None:
-        """Its score grows."""
-        slot = self.slots[key]
-        self.score[key] += self.worth
-        self.score_in[slot] = self.score[key]
-        self.n_uses += 1
-        self.last_use[slot] = self.n_uses
+    def used(self, keys: Sequence[Key]) -> None:
+        """Their scores grow."""
+        for key in keys:
+            slot = self.slots[key]
+            self.score[key] += self.worth
+            self.score_in[slot] = self.score[key]
+            self.n_uses += 1
+            self.last_use[slot] = self.n_uses
 
     def added(self, key: Key) -> None:
         """That is a use, too; what it had before its eviction is not lost."""
         self.key_in[self.slots[key]] = key
-        self.used(key)
+        self.used([key])
 
     def victim(self, needed: Collection[Key]) -> Key:
         """The key of least score."""
@@ -219,13 +224,14 @@ class BeladySlots(Slots):
             for key in keys:
                 self.coming[key].append(time)
 
-    def used(self, key: Key) -> None:
-        """Its next use is now another one."""
-        self.coming[key].popleft()
+    def used(self, keys: Sequence[Key]) -> None:
+        """Their next uses are now other ones."""
+        for key in keys:
+            self.coming[key].popleft()
 
     def added(self, key: Key) -> None:
         """This is its first use that was to come."""
-        self.used(key)
+        self.used([key])
 
     def next_use(self, key: Key) -> float:
         """Number of the request that needs a key next."""
@@ -259,6 +265,18 @@ def make_slots(
     if policy == "belady":
         return BeladySlots(n_slots, pinned, requests)
     return POLICIES[policy](n_slots, pinned)
+
+
+def most_frequent(counts: np.ndarray, n: int, shared: bool = False) -> np.ndarray:
+    """The n most requested experts of each layer, or with shared=True of the model.
+
+    Shapes: counts (L, E) -> (L, E) bool. Among equals the lower layer and id.
+    """
+    rows = counts.reshape(1, -1) if shared else counts
+    best = np.argsort(-rows, axis=1, kind="stable")[:, : max(n, 0)]
+    result = np.zeros(rows.shape, bool)
+    np.put_along_axis(result, best, True, axis=1)
+    return result.reshape(counts.shape)
 
 
 class PageCache:

@@ -1,7 +1,7 @@
 """What a run cost: speed, reads, hits, waiting and memory, always with its mode.
 
 A figure without its mode (engine, source, K, slots) says nothing, so a report always
-carries both. **But:** totals only; `trace.py` will record single events.
+carries both. **But:** totals only; `trace.py` records single events.
 *Taught in notebooks/00.*
 """
 
@@ -32,7 +32,9 @@ class Report:
     prefill_s: float
     decode_s: float
     hits: int  # experts found in a slot
-    misses: int  # experts read
+    misses: int  # experts read because they were needed
+    prefetched: int  # experts read ahead
+    prefetch_hits: int  # of those, used before they were evicted
     reads: int
     bytes_read: int
     read_s: float  # spent in reads, all threads together
@@ -77,6 +79,7 @@ class Report:
             "decode": f"{self.generated_tokens} tokens, {self.decode_tok_s:.1f} tok/s",
             "experts": f"{self.misses} read, {self.hits} found in a slot "
             f"(hit rate {self.hit_rate:.0%})",
+            "ahead": f"{self.prefetched} read, {self.prefetch_hits} of them used",
             "read": f"{self.bytes_read / 1e6:.1f} MB in {self.reads} reads, "
             f"{self.bytes_per_token / 1e6:.3f} MB a token",
             "time": f"{self.compute_s:.2f} s computing, {self.wait_s:.2f} s waiting "
@@ -85,6 +88,8 @@ class Report:
             f"model of {self.model_bytes / 1e6:.1f} MB; process peak "
             f"{self.peak_memory_bytes / 1e6:.0f} MB",
         }
+        if not self.prefetched:
+            del lines["ahead"]
         return "\n".join(f"{name:8}{text}" for name, text in lines.items())
 
 

@@ -5,7 +5,6 @@ both follow the classes of `policies.py`; compiled, they take well under a micro
 an access. **But:** hits and bytes, no times. *Taught in notebooks/08 and 09.*
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from . import simulator_kernels as kernels
 from .experts import ExpertFiles
-from .policies import HALF_LIFE, POLICIES, PageCache, make_slots
+from .policies import HALF_LIFE, POLICIES, PageCache, make_slots, most_frequent
 
 PAGE_BYTES = 4096
 CODES = {
@@ -100,38 +99,34 @@ def prompt_requests(
     Shapes: picks (T, L, K). capacity: experts that a layer's slots hold at a time; more
     come in waves, each a request of its own.
     """
-    layers, waves = [], []
-    for first in range(0, len(picks), chunk):
-        for layer in range(picks.shape[1]):
-            chosen = np.unique(picks[first : first + chunk, layer])
-            for i in range(0, len(chosen), capacity):
-                layers.append(layer)
-                waves.append(chosen[i : i + capacity])
-    return _from_lists(layers, waves, n_experts)
-
-
-def _from_lists(
-    layers: Sequence[int], groups: Sequence[np.ndarray], n_experts: int
-) -> Requests:
-    starts = np.concatenate([[0], np.cumsum([len(group) for group in groups])])
-    experts = np.concatenate([np.empty(0, int), *groups]).astype(int)
-    ahead = np.zeros(len(layers), bool)
-    return Requests(
-        np.array(layers, int), starts.astype(int), experts, ahead, n_experts
-    )
+    t, n_layers, _ = picks.shape
+    is_chosen = np.zeros((-(-t // chunk), n_layers, n_experts), bool)
+    is_chosen[
+        np.arange(t)[:, None, None] // chunk, np.arange(n_layers)[:, None], picks
+    ] = True
+    return access_requests(*np.nonzero(is_chosen), n_experts, capacity)
 
 
 def access_requests(
-    tokens: np.ndarray, layers: np.ndarray, experts: np.ndarray, n_experts: int
+    steps: np.ndarray,
+    layers: np.ndarray,
+    experts: np.ndarray,
+    n_experts: int,
+    capacity: int | None = None,
 ) -> Requests:
-    """From rows of a table: neighbours of the same token and layer are one request.
+    """From rows of a table: neighbours of the same step and layer are one request.
 
-    Shapes: all (N,), in the order of the run.
+    Shapes: all (N,), in the order of the run, as `Trace.accesses` has them. capacity:
+    experts that a layer's slots hold at a time; more come in waves.
     """
-    tokens, layers = np.asarray(tokens), np.asarray(layers)
-    new = np.ones(len(tokens), bool)
-    new[1:] = (np.diff(tokens) != 0) | (np.diff(layers) != 0)
-    starts = np.append(np.flatnonzero(new), len(tokens))
+    steps, layers = np.asarray(steps), np.asarray(layers)
+    new = np.ones(len(steps), bool)
+    new[1:] = (np.diff(steps) != 0) | (np.diff(layers) != 0)
+    if capacity is not None:
+        place = np.arange(len(steps))  # in its group
+        place = place - np.maximum.accumulate(np.where(new, place, 0))
+        new |= place % capacity == 0
+    starts = np.append(np.flatnonzero(new), len(steps))
     ahead = np.zeros(len(starts) - 1, bool)
     return Requests(layers[new], starts, np.asarray(experts, int), ahead, n_experts)
 
@@ -288,18 +283,6 @@ def _run_class(policy, keys, starts, ahead, keep, pins, n_slots, half_life):
             if was_fresh:
                 fresh.remove(key)
     return np.array(codes, np.uint8)
-
-
-def most_frequent(counts: np.ndarray, n: int, shared: bool = False) -> np.ndarray:
-    """The n most requested experts of each layer, or with shared=True of the model.
-
-    Shapes: counts (L, E) -> (L, E) bool. Among equals the lower layer and id.
-    """
-    rows = counts.reshape(1, -1) if shared else counts
-    best = np.argsort(-rows, axis=1, kind="stable")[:, : max(n, 0)]
-    result = np.zeros(rows.shape, bool)
-    np.put_along_axis(result, best, True, axis=1)
-    return result.reshape(counts.shape)
 
 
 # --- the page cache -------------------------------------------------------------------

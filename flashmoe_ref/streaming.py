@@ -2,109 +2,46 @@
 
 A slot bank holds some experts of a layer; a store knows which expert is in which slot,
 reads missing ones with positioned reads straight into the slot (no copy in between),
-and evicts the least recently used. Resident experts are a bank with a slot for each.
-**But:** one replacement policy, no prefetch. *Taught in notebooks/07.*
+and evicts by a policy. Resident experts are a bank with a slot for each. A predictor
+may name experts to be read ahead, while a layer computes. *Taught in notebooks/07.*
+**But:** one engine uses a store, from one thread at a time.
 
-Rules that keep this exact, whatever the slots and threads: a short read is an error,
-never data; a slot whose read failed is forgotten; the caller computes from the slots of
-a request before it makes the next request to the same bank, because that may refill
-them; threads only read bytes and never call an engine.
+Rules that keep this exact, whatever the slots, policy and threads: a short read is an
+error, never data; a slot whose read failed is forgotten; the caller computes from the
+slots of a request before it makes the next request, because that may refill them, and a
+read ahead spares them until then; no slot is read into twice at the same time; threads
+only read bytes and never call an engine.
 """
 
-import mmap
 import os
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 
+from .caching import Caching
 from .config import ModelConfig
 from .errors import ConfigError, ReadError
-from .experts import ExpertFiles, ExpertFormat
-from .quantize import QuantizedMatrix
+from .experts import ExpertFiles
+from .policies import LruSlots, Slots
+from .reading import open_file, read_exactly, read_through_buffer
 from .recording import REQUEST, SILENT, WAIT, Silent
+from .slots import Allocate, SlotBank, allocate_numpy, make_banks
 
-MAX_READ_BYTES = 1 << 30  # one preadv of more than 2 GB fails on macOS
 INLINE_BYTES = 1 << 20  # fewer missing bytes are read at once: handing over costs more
-
-# Returns an array of the engine, and the same memory as writable bytes (slots, n).
-Allocate = Callable[[tuple[int, ...], np.dtype], tuple[object, np.ndarray]]
-
-
-def allocate_numpy(shape: tuple[int, ...], dtype: np.dtype) -> tuple:
-    """Page-aligned zeroed memory as a NumPy array, and the same bytes by slot."""
-    n_bytes = int(np.prod(shape)) * dtype.itemsize
-    buffer = np.frombuffer(mmap.mmap(-1, max(n_bytes, 1)), np.uint8, n_bytes)
-    return buffer.view(dtype).reshape(shape), buffer.reshape(shape[0], -1)
-
-
-class SlotBank:
-    """Memory for n_slots experts of one format, in arrays of the engine."""
-
-    def __init__(self, fmt: ExpertFormat, n_slots: int, allocate: Allocate) -> None:
-        self.format = fmt
-        self.n_slots = n_slots
-        self.arrays: dict[str, object] = {}  # part name -> (slots, *part shape)
-        views = []
-        for part in fmt.parts:
-            array, as_bytes = allocate((n_slots, *part.shape), part.dtype)
-            self.arrays[part.name] = array
-            views.append(as_bytes)
-        # [slot][part]: made once, a memoryview costs more than a small read
-        self.views = [[memoryview(v[slot]) for v in views] for slot in range(n_slots)]
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the whole bank."""
-        return self.n_slots * self.format.n_bytes
-
-    def matrix(self, projection: str) -> np.ndarray | QuantizedMatrix:
-        """A projection of all slots. Shapes: (slots, out, in), perhaps quantized."""
-        return self.format.matrix(self.arrays, projection)
-
-
-class LruSlots:
-    """Which expert is in which slot of a bank; evicts the least recently used."""
-
-    def __init__(self, n_slots: int) -> None:
-        self.slots: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # expert -> slot, oldest first
-        self.free = list(range(n_slots - 1, -1, -1))
-
-    def assign(self, experts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Give every expert a slot; at most n_slots distinct experts.
-
-        Returns the slots in the order of experts, and the experts to be read.
-        """
-        missing = []
-        for expert in experts:  # first keep what is here from being evicted
-            if expert in self.slots:
-                self.slots.move_to_end(expert)
-            else:
-                missing.append(expert)
-        for expert in missing:
-            slot = self.free.pop() if self.free else self.slots.popitem(last=False)[1]
-            self.slots[expert] = slot
-        return [self.slots[expert] for expert in experts], missing
-
-    def forget(self, experts: Sequence[int]) -> None:
-        """Free the slots of experts whose bytes cannot be trusted."""
-        for expert in experts:
-            slot = self.slots.pop(expert, None)
-            if slot is not None:
-                self.free.append(slot)
 
 
 @dataclass
 class Counters:
     """What a store did. Times in seconds, summed over threads for read_s."""
 
-    hits: int = 0  # experts found in a slot
-    misses: int = 0  # experts read
+    hits: int = 0  # experts found in a slot, or on their way into one
+    misses: int = 0  # experts read because they were needed
+    prefetched: int = 0  # experts read ahead
+    prefetch_hits: int = 0  # of those, used before they were evicted
     reads: int = 0  # positioned reads issued
     bytes_read: int = 0
     read_s: float = 0.0  # spent inside reads, all threads together
@@ -116,9 +53,9 @@ class Ticket:
     """A request under way. Call wait() before computing from the slots."""
 
     slots: list[int]
-    _missing: list[int] = field(default_factory=list)
+    _keys: list[int] = field(default_factory=list)  # that are still being read
     _futures: list[Future] = field(default_factory=list)
-    _cache: LruSlots | None = None
+    _cache: Slots | None = None
     _counters: Counters | None = None
     _recorder: Silent = SILENT
 
@@ -133,10 +70,10 @@ class Ticket:
         try:
             wait(self._futures)  # all of them: none may still write after an error
             for future in self._futures:
-                self._counters.read_s += future.result()
+                future.result()
         except BaseException:
             wait(self._futures)
-            self._cache.forget(self._missing)
+            self._cache.forget(self._keys)
             raise
         finally:
             self._futures = []
@@ -148,10 +85,11 @@ class Ticket:
 class ExpertStore:
     """The experts of a model behind banks of slots.
 
-    slots=n: every layer has n slots of its own, the least recently used is evicted.
-    slots=None: all layers share K slots and nothing is kept from one layer to the next;
-    what caches is the operating system's page cache.
-    Raises: ConfigError for slots outside K..E or fewer than one thread.
+    caching.slots=n:  every layer has n slots of its own.
+    caching.budget=n: all layers share n slots.
+    neither:          all layers share K slots and nothing is kept from one layer to the
+                      next; what caches is the operating system's page cache.
+    Raises: ConfigError for settings that cannot work, ReadError.
     """
 
     def __init__(
@@ -159,53 +97,63 @@ class ExpertStore:
         files: ExpertFiles,
         config: ModelConfig,
         allocate: Allocate = allocate_numpy,
-        slots: int | None = None,
+        caching: Caching = Caching(),  # noqa: B008 (it is frozen)
         threads: int = 4,
+        bypass_page_cache: bool = False,
     ) -> None:
-        k, n_experts = config.num_experts_per_tok, config.num_experts
-        if slots is not None and not k <= slots <= n_experts:
-            raise ConfigError(
-                f"slots={slots} is outside {k}..{n_experts}: a layer needs a slot for "
-                f"each of the {k} experts of a token, and has {n_experts} experts"
-            )
         if threads < 1:
             raise ConfigError(f"threads={threads}: at least one thread must read")
-        self.files = files
-        self.slots = slots
-        self.threads = threads
+        self.files, self.caching, self.threads = files, caching, threads
+        self.n_layers, n_experts = config.num_hidden_layers, config.num_experts
+        shape = (config.num_experts_per_tok, self.n_layers, n_experts)
+        self.capacity = caching.capacity(*shape)  # experts per request
+        self.predictor = caching.predictor
         self.inline_bytes = INLINE_BYTES
-        self.n_layers = config.num_hidden_layers
-        self.capacity = k if slots is None else slots  # experts per request
         self.counters = Counters()
         self.recorder = SILENT  # see trace.record
         self._banks = self._make_banks(allocate)
-        n_caches = 1 if slots is None else self.n_layers
-        self._caches = [LruSlots(self.capacity) for _ in range(n_caches)]
-        self._pool: ThreadPoolExecutor | None = None
+        self._caches = caching.make_caches(*shape)  # by layer, perhaps all the same
+        step = n_experts if caching.is_shared else 0
+        self._first_key = [layer * step for layer in range(self.n_layers)]
+        # by layer: slot -> the read ahead that went into it, until it is used or gone
+        one: dict[int, Future] = {}
+        self._ahead = [one if step else {} for _ in range(self.n_layers)]
+        self._last = Ticket([])  # the latest request
+        self._lock = Lock()  # of counters.read_s
+        self._pools: dict[str, ThreadPoolExecutor] = {}
         self._fds: list[int] = []
-        self._open_files()
+        self._blocks: list[int] = []  # by file: what its reads must be aligned to
+        try:
+            self._open_files(bypass_page_cache)
+            self._read_pinned(caching.pins(*shape[1:]))
+        except BaseException:
+            self.close()
+            raise
 
     def _make_banks(self, allocate: Allocate) -> list[SlotBank]:
-        """One bank a layer; a shared one for each format where slots is None."""
-        if self.slots is not None:
-            return [SlotBank(f, self.slots, allocate) for f in self.files.formats]
-        shared: dict[tuple, SlotBank] = {}
-        banks = []
-        for fmt in self.files.formats:
-            if fmt.parts not in shared:
-                shared[fmt.parts] = SlotBank(fmt, self.capacity, allocate)
-            banks.append(shared[fmt.parts])
+        caching, formats = self.caching, self.files.formats
+        n_slots = caching.slots or caching.budget or self.capacity
+        banks = make_banks(formats, n_slots, caching.slots is None, allocate)
+        if caching.is_shared and len({id(bank) for bank in banks}) > 1:
+            raise ConfigError(
+                "budget: the layers of this model have experts of several sizes and "
+                "cannot share slots; give slots"
+            )
         return banks
 
-    def _open_files(self) -> None:
+    def _open_files(self, bypass_page_cache: bool) -> None:
         for path in self.files.files:
-            try:
-                self._fds.append(os.open(path, os.O_RDONLY))
-            except OSError as error:
-                self.close()
-                raise ReadError(
-                    f"{path}: cannot be opened ({error.strerror})"
-                ) from None
+            fd, block = open_file(path, bypass_page_cache)
+            self._fds.append(fd)
+            self._blocks.append(block)
+
+    def _read_pinned(self, pinned: np.ndarray) -> None:
+        for layer, row in enumerate(pinned):
+            first, cache = self._first_key[layer], self._caches[layer]
+            jobs = [(e, cache.slot_of(first + e)) for e in np.flatnonzero(row).tolist()]
+            if jobs:
+                self._read_all(layer, jobs)
+        self.counters = Counters()
 
     @property
     def n_bytes(self) -> int:
@@ -216,60 +164,152 @@ class ExpertStore:
         """The bank that a layer's experts are read into."""
         return self._banks[layer]
 
+    # --- requests ---------------------------------------------------------------------
+
     def request(self, layer: int, experts: Sequence[int]) -> Ticket:
         """Start to bring experts into slots; at most `capacity` distinct ones.
 
         The ticket's slots are in the order of experts. Small reads are done at once,
         larger ones by the threads while the caller computes something else.
         """
-        if self.slots is None:
-            self._caches[0] = LruSlots(self.capacity)
-        cache = self._caches[0 if self.slots is None else layer]
-        slots, missing = cache.assign(experts)
+        if self._last._futures:  # the caller was interrupted before it waited
+            self._give_up(self._last, self._last._keys)
+        cache, first = self._caches[layer], self._first_key[layer]
+        if not self.caching.keeps:
+            cache = LruSlots(self.capacity)
+        keys = [first + e for e in experts] if first else experts
+        slots, missing = cache.assign(keys)
         counters, recorder = self.counters, self.recorder
-        recorder.requested(experts, missing)
-        counters.hits += len(experts) - len(missing)
-        if not missing:
+        self._last = ticket = Ticket(slots, [], [], cache, counters, recorder)
+        if self._ahead[layer]:
+            self._meet_reads_ahead(layer, keys, missing, ticket)
+        wanted = [key - first for key in missing] if first else missing
+        recorder.requested(experts, wanted)
+        counters.hits += len(experts) - len(wanted)
+        if not wanted:
             recorder.lap(REQUEST)
-            return Ticket(slots)
-        fmt, n_runs = self.files.formats[layer], len(self.files.runs[layer])
-        n_bytes = len(missing) * fmt.n_bytes
-        counters.misses += len(missing)
-        counters.reads += len(missing) * n_runs
-        counters.bytes_read += n_bytes
-        jobs = [(expert, cache.slots[expert]) for expert in missing]
-        if n_bytes <= self.inline_bytes:
+            return ticket
+        counters.misses += len(wanted)
+        jobs = [(key - first, cache.slots[key]) for key in missing]
+        if self._count_reads(layer, jobs) <= self.inline_bytes:
             recorder.lap(REQUEST)
-            self._read_now(layer, jobs, cache, missing)
+            self._read_now(layer, jobs, missing, ticket)
             recorder.lap(WAIT)
-            return Ticket(slots)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, "flashmoe-read")
-        shares = [jobs[i :: self.threads] for i in range(min(self.threads, len(jobs)))]
-        futures = [self._pool.submit(self._read_all, layer, share) for share in shares]
+            return ticket
+        ticket._keys += missing
+        ticket._futures += dict.fromkeys(self._submit("read", layer, jobs).values())
         recorder.lap(REQUEST)
-        return Ticket(slots, missing, futures, cache, counters, recorder)
+        return ticket
+
+    def _meet_reads_ahead(
+        self, layer: int, keys: Sequence[int], missing: list[int], ticket: Ticket
+    ) -> None:
+        """What was read ahead into the slots of a request: use it, or let it end."""
+        ahead, absent = self._ahead[layer], set(missing)
+        try:
+            for key, slot in zip(keys, ticket.slots, strict=True):
+                future = ahead.get(slot)
+                if future is None:
+                    continue
+                if key in absent:  # another expert was on its way into this slot
+                    self._let_end([future])
+                else:
+                    self.counters.prefetch_hits += 1
+                    ticket._keys.append(key)
+                    if future not in ticket._futures:
+                        ticket._futures.append(future)
+                del ahead[slot]
+        except BaseException:
+            self._give_up(ticket, keys)
+            raise
+
+    def _give_up(self, ticket: Ticket, keys: Sequence[int]) -> None:
+        """Forget what may not have been read; nothing may write into it any more."""
+        wait(ticket._futures)
+        ticket._futures = []
+        ticket._cache.forget(keys)
+
+    def _let_end(self, futures: Sequence[Future]) -> None:
+        """Wait until reads are over, whatever came of them."""
+        if not futures:
+            return
+        start = time.perf_counter()
+        wait(futures)
+        self.counters.wait_s += time.perf_counter() - start
+
+    def prefetch(
+        self, layer: int, experts: Sequence[int], scores: np.ndarray | None = None
+    ) -> None:
+        """Let threads read what the next layer may need, while this one computes.
+
+        To be called after the request of a decoded token, with its experts; scores
+        (E,) of `NumpyModel.scores_ahead` if the predictor wants them. Never overwrites
+        a slot of that request. Demanded reads do not queue behind these: the threads
+        are others.
+        """
+        after = (layer + 1) % self.n_layers
+        cache, ahead, first = self._caches[after], self._ahead[after], self._first_key
+        named = self.predictor.after(layer, experts, scores)
+        keep = [first[layer] + e for e in experts] if self.caching.is_shared else ()
+        keys, slots = cache.prefetch([first[after] + e for e in named], keep)
+        try:
+            # what was read ahead into these slots was never used, and is gone now
+            self._let_end([ahead[slot] for slot in slots if slot in ahead])
+            jobs = [(k - first[after], s) for k, s in zip(keys, slots, strict=True)]
+            if jobs:
+                ahead.update(self._submit("ahead", after, jobs))
+        except BaseException:
+            cache.forget(keys)
+            raise
+        self.counters.prefetched += len(jobs)
+        self._count_reads(after, jobs)
+        self.recorder.lap(REQUEST)
+
+    def _count_reads(self, layer: int, jobs: Sequence) -> int:
+        """Count reads that are about to be done; returns their bytes."""
+        n_bytes = len(jobs) * self.files.formats[layer].n_bytes
+        self.counters.reads += len(jobs) * len(self.files.runs[layer])
+        self.counters.bytes_read += n_bytes
+        return n_bytes
+
+    def _submit(
+        self, name: str, layer: int, jobs: list[tuple[int, int]]
+    ) -> dict[int, Future]:
+        """Share reads among the threads of that name. Returns each slot's read."""
+        if name not in self._pools:
+            self._pools[name] = ThreadPoolExecutor(self.threads, f"flashmoe-{name}")
+        n_shares = min(self.threads, len(jobs))
+        if len(jobs) * self.files.formats[layer].n_bytes <= self.inline_bytes:
+            n_shares = 1
+        reads = {}
+        for i in range(n_shares):
+            share = jobs[i::n_shares]
+            future = self._pools[name].submit(self._read_all, layer, share)
+            reads |= {slot: future for _, slot in share}
+        return reads
 
     def _read_now(
-        self, layer: int, jobs: list[tuple[int, int]], cache: LruSlots, missing: list
+        self, layer: int, jobs: list[tuple[int, int]], missing: list, ticket: Ticket
     ) -> None:
         try:
-            seconds = self._read_all(layer, jobs)
+            self.counters.wait_s += self._read_all(layer, jobs)
         except BaseException:
-            cache.forget(missing)
+            self._give_up(ticket, [*missing, *ticket._keys])
             raise
-        self.counters.read_s += seconds
-        self.counters.wait_s += seconds
 
     def _read_all(self, layer: int, jobs: list[tuple[int, int]]) -> float:
         """Read some experts into their slots; returns the seconds it took."""
-        clock, start = [], time.perf_counter()
+        clock, start, bank = [], time.perf_counter(), self._banks[layer]
         for expert, slot in jobs:
-            views = self._banks[layer].views[slot]
             for run in self.files.runs[layer]:
                 file, offset = run.places[expert]
+                views = bank.views[slot][run.first : run.last]
+                block = self._blocks[file]
                 try:
-                    read_exactly(self._fds[file], views[run.first : run.last], offset)
+                    if block == 1 or bank.is_aligned(run, offset, block):
+                        read_exactly(self._fds[file], views, offset)
+                    else:
+                        read_through_buffer(self._fds[file], views, offset, block)
                 except OSError as error:
                     raise ReadError(
                         f"{self.files.files[file]}: reading expert {expert} of layer "
@@ -278,7 +318,19 @@ class ExpertStore:
                     ) from None
             clock.append(time.perf_counter())
         self.recorder.read(layer, jobs, start, clock)
+        with self._lock:
+            self.counters.read_s += clock[-1] - start
         return clock[-1] - start
+
+    @property
+    def copies(self) -> bool:
+        """Whether some reads need a buffer, because they are not aligned."""
+        return not all(
+            bank.is_aligned(run, offset, self._blocks[file])
+            for bank, runs in zip(self._banks, self.files.runs, strict=True)
+            for run in runs
+            for file, offset in run.places
+        )
 
     def fill(self) -> None:
         """Read every expert of every layer: makes a store with E slots resident."""
@@ -291,43 +343,8 @@ class ExpertStore:
 
     def close(self) -> None:
         """Stop the threads and close the files. The store cannot be used afterwards."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        for pool in self._pools.values():
+            pool.shutdown()
+        self._pools = {}
         while self._fds:
             os.close(self._fds.pop())
-
-
-def read_exactly(fd: int, views: Sequence[memoryview], offset: int) -> None:
-    """Fill the views with the bytes at offset, one after the other.
-
-    Python repeats a read that a signal interrupts; a short one is continued here.
-    Raises: OSError, also where the file ends before the views are full.
-    """
-    n_wanted = sum(len(view) for view in views)
-    if n_wanted <= MAX_READ_BYTES:  # the usual case: one call, done
-        n = os.preadv(fd, views, offset)
-        if n == n_wanted:
-            return
-        views, offset = _drop(views, n), offset + _progress(n)
-    for view in views:
-        at = 0
-        while at < len(view):
-            piece = view[at : at + MAX_READ_BYTES]
-            at += _progress(os.preadv(fd, [piece], offset + at))
-        offset += len(view)
-
-
-def _progress(n: int) -> int:
-    if n == 0:
-        raise OSError("the file ends too early")
-    return n
-
-
-def _drop(views: Sequence[memoryview], n: int) -> list[memoryview]:
-    """The views without their first n bytes."""
-    rest = []
-    for view in views:
-        rest.append(view[min(n, len(view)) :])
-        n -= min(n, len(view))
-    return rest

@@ -15,13 +15,13 @@ from flashmoe_ref.policies import (
     LruSlots,
     PageCache,
     make_slots,
+    most_frequent,
 )
 from flashmoe_ref.simulator import (
     Requests,
     access_requests,
     decode_requests,
     join,
-    most_frequent,
     prompt_requests,
     simulate,
     simulate_pages,
@@ -382,8 +382,8 @@ def test_a_million_accesses_a_second():
         simulate(requests, policy, n_slots, shared)  # compiled by now
         seconds = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()  # other processes do not count
             simulate(requests, policy, n_slots, shared)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         rate = len(requests.experts) / min(seconds)
         assert rate > 1e6, f"{policy}, shared={shared}: {rate / 1e6:.2f} M a second"

@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import write_tiny
 
+from flashmoe_ref.caching import Caching
 from flashmoe_ref.checkpoint import Checkpoint
 from flashmoe_ref.engine import load
 from flashmoe_ref.errors import ConfigError, ReadError
 from flashmoe_ref.experts import experts_in_place
-from flashmoe_ref.streaming import ExpertStore, LruSlots, read_exactly
+from flashmoe_ref.policies import LruSlots
+from flashmoe_ref.reading import read_exactly
+from flashmoe_ref.streaming import ExpertStore
 
 N_EXPERTS, K = 8, 3
 
@@ -201,7 +204,9 @@ def test_read_exactly_over_several_views(tmp_path):
 
 def test_an_error_in_one_thread_is_raised_by_wait(tiny):
     checkpoint = Checkpoint.open(tiny)
-    store = ExpertStore(experts_in_place(checkpoint), checkpoint.config, slots=4)
+    store = ExpertStore(
+        experts_in_place(checkpoint), checkpoint.config, caching=Caching(slots=4)
+    )
     store.inline_bytes = 0
     os.close(store._fds[0])
     store._fds[0] = os.open(os.devnull, os.O_RDONLY)  # reads nothing, ever
