@@ -94,7 +94,7 @@ def _places(fields: list[str], path: Path) -> tuple[list[int], bool]:
     """Where the columns are, and whether this line names them."""
     names = [field.strip().lower() for field in fields]
     if names[0].lstrip("-").isdigit():
-        return list(range(min(len(fields), 4))), False
+        return list(range(4 if len(fields) > 3 else 3)), False
     missing = [name for name in COLUMNS[:3] if name not in names]
     if missing:
         raise TraceError(

@@ -10,7 +10,7 @@ its phrases and tales from stories that the model tells. Nothing else is needed.
 But: picks only. Times and reads are a matter of the machine; record them where you are
 (`flashmoe generate --trace FILE`).
 
-Usage: python data/traces/record.py [--tokens 20000] [--out data/traces]
+Usage: python data/traces/record.py [--tokens 10000] [--k 10 4] [--out data/traces]
 """
 
 import argparse
@@ -165,14 +165,15 @@ def digest(folder: Path) -> str:
 def main() -> None:
     """Record every kind of text at every K."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=20_000, help="of each trace")
+    parser.add_argument("--tokens", type=int, default=10_000, help="of each trace")
+    parser.add_argument("--k", type=int, nargs="+", default=KS, help="experts a token")
     parser.add_argument("--model", type=Path, default=REDUCED)
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
-    pools = None
-    for k in KS:
+    with load(options.model, engine="numpy", experts="resident") as model:
+        pools = make_pools(model)  # once, for the same prompts at every K
+    for k in options.k:
         with load(options.model, engine="numpy", experts="resident", k=k) as model:
-            pools = pools or make_pools(model)  # the same prompts at every K
             for name, draw in kinds_of_text(model, pools).items():
                 trace = record_texts(model, name, draw, options.tokens)
                 file = options.out / f"{name}_k{k}.npz"
