@@ -180,6 +180,13 @@ def run_trace(args: Namespace) -> None:
             note(f"{path}: written")
 
 
+def run_probe(args: Namespace) -> None:
+    """Measure disk, memory and engines."""
+    from .cli_probe import run
+
+    run(args, say)
+
+
 COMMANDS = {
     "generate": run_generate,
     "chat": run_chat,
@@ -189,6 +196,7 @@ COMMANDS = {
     "requantize": run_requantize,
     "verify": run_verify,
     "trace": run_trace,
+    "probe": run_probe,
 }
 
 

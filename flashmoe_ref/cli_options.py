@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__
+from . import __version__, cli_probe
 
 REDUCED = Path(__file__).parents[1] / "data" / "reduced"  # only in a clone
 
@@ -115,6 +115,9 @@ def build_parser() -> Parser:
     _add_requantize(commands)
     _add_verify(commands)
     _add_trace(commands)
+    cli_probe.add_options(
+        _command(commands, "probe", cli_probe.ABOUT, cli_probe.EXAMPLES)
+    )
     return parser
 
 

@@ -2,11 +2,19 @@
 
 import argparse
 
-from . import bench_engines, bench_import, bench_kernels, bench_limit, bench_reads
+from . import (
+    bench_engines,
+    bench_import,
+    bench_kernels,
+    bench_limit,
+    bench_probe,
+    bench_reads,
+)
 
 BENCHMARKS = {
     "engines": bench_engines.main,
     "reads": bench_reads.main,
+    "probe": bench_probe.main,
     "limit": bench_limit.main,
     "import": bench_import.main,
     "kernels": bench_kernels.main,
