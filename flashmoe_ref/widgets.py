@@ -14,7 +14,16 @@ from functools import cache
 from html import escape
 
 import numpy as np
-from ipywidgets import HTML, Dropdown, Image, IntSlider, SelectionSlider, VBox, Widget
+from ipywidgets import (
+    HTML,
+    Dropdown,
+    Image,
+    IntSlider,
+    Layout,
+    SelectionSlider,
+    VBox,
+    Widget,
+)
 from matplotlib.axes import Axes
 
 from . import plots
@@ -45,8 +54,9 @@ class Explorer(VBox):
         say: Callable[..., str],
     ) -> None:
         self.controls = controls
-        self.picture = Image(format="png")
-        self.picture.layout.max_width = "100%"
+        # in its own size: a box stretches what it holds
+        layout = Layout(align_self="flex-start", max_width="100%")
+        self.picture = Image(format="png", layout=layout)
         self.text = HTML()
         self._draw, self._say = draw, say
         for control in controls.values():
