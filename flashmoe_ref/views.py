@@ -244,7 +244,8 @@ def draw_state(
 ) -> np.ndarray:
     """Draw a head's memory after a token, and its size over the text. Both Axes."""
     _fig, (left, right) = plots.figure(2)
-    extreme = float(np.abs(states[:, head]).max()) or 1.0
+    # one range for all tokens; the few largest values would leave the rest pale
+    extreme = float(np.quantile(np.abs(states[:, head]), 0.995)) or 1.0
     plots.heatmap(
         states[token, head],
         title=f"Head {head}: the memory after “{tokens[token]}”",
@@ -263,7 +264,7 @@ def draw_state(
         y="size of the state (norm)",
         ax=right,
     )
-    plots.mark(right, x=token, text=tokens[token])
+    plots.mark(right, x=token, text=f"“{tokens[token]}”")
     right.set_ylim(bottom=0)
     return np.array([left, right])
 
