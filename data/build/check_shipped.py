@@ -1,12 +1,15 @@
 """Checks the shipped checkpoint with this project's own engine, on a CPU.
 
 Scores held-out dialogues as scoring.py does, by one forward pass over each: the answer
-counts as exact if every one of its tokens has the highest logit.
+counts as exact if every one of its tokens has the highest logit. With --csv it adds a
+row to a table; data/results/reduced_build.csv was made of such rows.
 
 Usage: python check_shipped.py --work DIR [--every N] [--engine numpy|mlx] [--k K]
 """
 
 import argparse
+import csv
+import json
 import sys
 import time
 from pathlib import Path
@@ -42,18 +45,39 @@ def book_nats(model, work: Path, n_rows: int) -> float:
     return total / (511 * n_rows)
 
 
-def report(examples: list[Example], right: list[bool]) -> None:
-    """A line for each kind and word pool, with its 95 % interval."""
+def shares(examples: list[Example], right: list[bool]) -> dict[str, object]:
+    """Exact answers by kind and word pool, with counts and 95 % intervals."""
+    columns: dict[str, object] = {}
     for kind in COUNTS:
-        for name, unseen in (("all", None), ("seen", False), ("unseen", True)):
+        for pool, unseen in (("", None), ("_seen", False), ("_unseen", True)):
             oks = [
                 ok
                 for e, ok in zip(examples, right, strict=True)
                 if e.kind == kind and unseen in (None, e.unseen)
             ]
             low, high = wilson(sum(oks), len(oks))
-            share = f"{sum(oks) / len(oks):.3f} [{low:.3f}, {high:.3f}]"
-            print(f"{kind:6} {name:7} {share} n={len(oks)}", flush=True)
+            name = kind + pool
+            columns[f"{name}_exact"] = round(sum(oks) / len(oks), 4)
+            columns |= {f"{name}_n": len(oks)}
+            columns |= {f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
+    return columns
+
+
+def add_row(path: Path, row: dict[str, object]) -> None:
+    """Append to a table, with a header if the table is new."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def how_stored(model: Path) -> dict[str, object]:
+    """Bits of the experts, and the rule that made fewer of the shipped four."""
+    made = json.loads((model / "conversion.json").read_text())
+    rule = made["settings"].get("rule", "mlx")
+    return {"bits": made["settings"]["bits"], "rule": rule}
 
 
 def main() -> None:
@@ -65,16 +89,25 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=None)
     parser.add_argument("--every", type=int, default=1, help="every n-th dialogue")
     parser.add_argument("--rows", type=int, default=20, help="rows of books")
+    parser.add_argument("--csv", type=Path, help="table to add a row to")
     options = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
     examples = make_examples(tokenizer, load_pools(options.work))[:: options.every]
     begun = time.time()
+    row = how_stored(options.model)
     with load(
         options.model, engine=options.engine, experts="resident", k=options.k
     ) as model:
-        print(f"books {book_nats(model, options.work, options.rows):.3f} nats a token")
+        row["k"] = options.k or model.config.num_experts_per_tok
+        row["book_rows"] = options.rows
+        nats = book_nats(model, options.work, options.rows)
+        row["books_nats_per_token"] = round(nats, 4)
         right = [is_exact(model, example) for example in examples]
-    report(examples, right)
+    row |= shares(examples, right)
+    for name, value in row.items():
+        print(f"{name:22} {value}")
+    if options.csv:
+        add_row(options.csv, row)
     print(f"{time.time() - begun:.0f} s")
 
 
