@@ -173,6 +173,29 @@ def _row_product() -> Cases:
     return cases
 
 
+def _place_of() -> Cases:
+    cases = []
+    for n_header, start, shape, expert in (
+        (18_072, 1_000, [128, 64, 32], 37),
+        (120, 0, [8, 4, 2], 7),
+    ):
+        n_bytes = 4 * shape[1] * shape[2]
+        offsets = [start, start + shape[0] * n_bytes]
+        entry = {"dtype": "U32", "shape": shape, "data_offsets": offsets}
+        place = (8 + n_header + start + expert * n_bytes, n_bytes)
+        cases.append(((n_header, entry, expert), place))
+    return cases
+
+
+def _pages_touched() -> Cases:
+    return [
+        (([(0, 4096)], 4096), 1),
+        (([(4095, 2)], 4096), 2),
+        (([(10, 20), (40, 20)], 4096), 1),
+        (([(512, 27_648), (40_000, 1)], 4096), 8),
+    ]
+
+
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
@@ -186,4 +209,6 @@ CASES = {
     "4.2": _greedy,
     "5.1": _pack_row,
     "5.2": _row_product,
+    "6.1": _place_of,
+    "6.2": _pages_touched,
 }
