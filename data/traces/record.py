@@ -40,6 +40,7 @@ from flashmoe_ref.trace import record  # noqa: E402
 SEED = 0
 LONGEST = 512  # tokens of a text, as in training
 STORY_TOKENS = 400
+N_TALES = 12  # that the model tells for the pools
 KS = (10, 4)
 OPENINGS = ("Once upon a time there was", "There was once", "Long ago there lived")
 WHO = "king queen farmer miller tailor fox bear mouse giant sailor shepherd".split()
@@ -99,7 +100,7 @@ def make_pools(model: Model) -> dict:
     words = [model.tokenizer.decode([i]) for i in range(model.tokenizer.n_real_ids)]
     words = sorted(w[1:] for w in words if re.fullmatch(" [a-z]{3,12}", w))
     tales, phrases = [], set()
-    for seed in range(12):
+    for seed in range(N_TALES):
         text = story_prompt(model, rng)
         story = model.tokenizer.decode(follow(model, text, seed, LONGEST))
         end = story.rfind(". ", 0, 700)
