@@ -73,8 +73,8 @@ def make_task(
     """A random task.
 
     Centres lie `distance` from their common middle, at right angles to one another; the
-    middle lies `common` from the origin. Hidden states of language models have such a
-    common part too, and it is what makes a router start out lopsided.
+    middle lies `common` from the origin. Inputs of a language model's routers share
+    a (smaller) part too, and it is what makes a router start out lopsided.
     Raises: ConfigError for more clusters than dimensions.
     """
     if not 1 <= n_clusters <= width:
