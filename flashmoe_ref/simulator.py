@@ -244,10 +244,11 @@ def _stream(requests: Requests, layer: int | None) -> tuple[Stream, np.ndarray |
 
 def _slots_left(stream: Stream, n_slots: int, n_pinned: int) -> int:
     """Slots beside the pinned. Raises: ValueError where a request would not fit."""
-    sizes = np.diff(stream.starts)
-    asked = int(sizes[~stream.ahead].max(initial=1))
-    ahead = int(sizes[stream.ahead].max(initial=0))
-    needed = asked + ahead if stream.keep else max(asked, ahead)
+    sizes, ahead = np.diff(stream.starts), stream.ahead
+    if stream.keep:  # beside a prefetch, the request before it stays
+        last = np.maximum.accumulate(np.where(ahead, 0, np.arange(1, len(sizes) + 1)))
+        sizes = sizes + np.where(ahead, np.append(0, np.diff(stream.starts))[last], 0)
+    needed = int(sizes.max(initial=1))
     if n_slots - n_pinned < needed:
         raise ValueError(
             f"{n_slots} slots, {n_pinned} of them pinned, cannot hold {needed} experts "
