@@ -99,7 +99,7 @@ def draw_routing(routing: Routing, layer: int, token: int) -> np.ndarray:
         x="token",
         y="rank (0 is best)",
         value="weight",
-        limits=(0, float(routing.weights[layer].max())),
+        limits=(0, float(routing.weights[layer, shown].max())),
         columns=routing.tokens[shown],
         numbers=routing.experts[layer, shown].T if routing.k <= 10 else False,
         ax=left,
