@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
+from . import cli_caching
 from .cli_options import REDUCED, build_parser
 from .errors import ConfigError, FlashMoeError
 
@@ -228,9 +229,8 @@ def _open_model(args: Namespace):
         engine=args.engine,
         experts=args.experts,
         k=args.k,
-        slots=args.slots,
-        threads=args.threads,
         compiled=not args.no_compile,
+        **cli_caching.chosen(args),
     )
 
 

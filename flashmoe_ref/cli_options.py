@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, cli_probe
+from . import __version__, cli_caching, cli_probe
 
 REDUCED = Path(__file__).parents[1] / "data" / "reduced"  # only in a clone
 
@@ -32,6 +32,8 @@ GENERATE = """examples:
   flashmoe generate --temperature 0.8 --top-p 0.95 --seed 7 "It was a dark night"
   flashmoe generate --k 4 "The old man"            4 experts a token, not as trained
   flashmoe generate --experts resident "She"       all in memory, to compare
+  flashmoe generate --slots 32 --policy lfu "It"   32 experts of each layer in memory
+  flashmoe generate --slots 32 --prefetch look-ahead "We"
   cat story.txt | flashmoe generate --max-tokens 50
 
 The text goes to standard output, the report of what it cost to standard error."""
@@ -257,7 +259,7 @@ def _default_model() -> str:
 
 
 def _add_model_options(parser: Parser) -> None:
-    group = parser.add_argument_group("model and memory")
+    group = parser.add_argument_group("model")
     group.add_argument(
         "--model", metavar="DIR", help=f"the model's folder{_default_model()}"
     )
@@ -280,26 +282,11 @@ def _add_model_options(parser: Parser) -> None:
         "and answer worse: JSON and tool calls suffer first (default: as trained)",
     )
     group.add_argument(
-        "--slots",
-        type=int,
-        metavar="N",
-        help="keep N experts of each layer in memory. More slots, fewer reads; but "
-        "memory that is taken from the system's own file cache may cost more than it "
-        "saves (default: none, trust that cache)",
-    )
-    group.add_argument(
-        "--threads",
-        type=int,
-        default=4,
-        metavar="N",
-        help="threads that read. Many disks need several reads under way to reach "
-        "their speed (default: 4)",
-    )
-    group.add_argument(
         "--no-compile",
         action="store_true",
         help="numpy engine without Numba: the specification itself, much slower",
     )
+    cli_caching.add_options(parser)
 
 
 def _add_sampling_options(parser: Parser, max_tokens: int) -> None:

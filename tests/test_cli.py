@@ -125,6 +125,9 @@ def test_engines_and_experts_agree(run: Callable, model: Path) -> None:
     reference = text(*FAST)
     assert text("--experts", "resident", *FAST) == reference
     assert text("--slots", 5, "--threads", 2, *FAST) == reference
+    ahead = ("--policy", "lfu", "--prefetch", "look-ahead:2")
+    assert text("--slots", 4, *ahead, *FAST) == reference
+    assert text("--budget", 13, "--policy", "clock", *FAST) == reference
     assert text("--engine", "numpy") == reference
     assert text("--k", 3, *FAST) == reference
 
@@ -356,6 +359,21 @@ OPTIONS = {
     "slots of resident": [
         *("generate", "Hi", "--model", MODEL, "--slots", "5"),
         *("--experts", "resident"),
+    ],
+    "unknown policy": [
+        *("generate", "Hi", "--model", MODEL, "--slots", "4", "--policy", "mru"),
+    ],
+    "policy of nothing": ["generate", "Hi", "--model", MODEL, "--policy", "lfu"],
+    "budget below K": ["generate", "Hi", "--model", MODEL, "--budget", "2"],
+    "pin without profile": [
+        *("generate", "Hi", "--model", MODEL, "--slots", "5", "--pin", "1"),
+    ],
+    "no such profile": [
+        *("generate", "Hi", "--model", MODEL, "--slots", "5", "--pin", "1"),
+        *("--profile", "no/such.npz"),
+    ],
+    "unknown predictor": [
+        *("generate", "Hi", "--model", MODEL, "--slots", "5", "--prefetch", "luck"),
     ],
     "no threads": ["generate", "Hi", "--model", MODEL, "--threads", "0"],
     "not packed": ["generate", "Hi", "--model", MODEL, "--experts", "packed"],
