@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 TARGET = HERE.parent / "handout"
 FOLDED = re.compile(r"<details>.*?</details>", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|\.\./|#)")
-KEPT = ("#", "**Predict.**", "**Time**", "**You need**")
+KEPT = ("#", "**Time**", "**You need**")
 
 
 def main(prefixes: list[str]) -> int:
@@ -49,8 +49,12 @@ def shorten(markdown: str) -> str:
     text = FOLDED.sub("", markdown).strip()
     if not text.startswith("### Exercise"):
         paragraphs = re.split(r"\n\s*\n", text)
-        text = "\n\n".join(p for p in paragraphs if p.startswith(KEPT))
+        text = "\n\n".join(p for p in paragraphs if _is_kept(p))
     return LINK.sub("](../notebooks/", text)
+
+
+def _is_kept(paragraph: str) -> bool:
+    return paragraph.startswith(KEPT) or "**Predict.**" in paragraph
 
 
 if __name__ == "__main__":

@@ -221,6 +221,18 @@ def test_handout_has_questions_and_code_but_no_answers(path: Path, tools: None) 
 
 
 @each_notebook
+def test_readme_says_how_long_a_lesson_takes(path: Path) -> None:
+    minutes = re.search(
+        r"\*\*Time\*\* (\d+) minutes reading", _read(path).cells[0].source
+    )
+    assert minutes, "**Time** N minutes reading, about M seconds running ..."
+    readme = (ROOT / "notebooks" / "README.md").read_text("utf-8")
+    rows = [line for line in readme.splitlines() if f"({path.name})" in line]
+    assert len(rows) == 1, "give the lesson a row in the table of notebooks/README.md"
+    assert re.search(rf"\| {minutes.group(1)} min \| \d+ s \|$", rows[0]), rows[0]
+
+
+@each_notebook
 def test_first_use_of_a_term_links_to_the_glossary(path: Path) -> None:
     assert "(glossary.md#" in _prose(_read(path))
 
