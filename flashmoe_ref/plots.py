@@ -335,7 +335,8 @@ def _width_in(ax: Axes) -> float:
 
 
 def _wrap(text: str, chars: int) -> str:
-    return textwrap.fill(str(text), max(6, chars), break_long_words=False)
+    keep = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(str(text), max(6, chars), **keep)
 
 
 def _texts(ax: Axes, title: str, x: str, y: str) -> Axes:
