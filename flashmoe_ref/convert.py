@@ -29,14 +29,8 @@ from .mlx_config import (
     with_quantization,
 )
 from .quantize import BITS, GROUP_SIZES, QuantizedMatrix, quantize
-from .shards import Block, NewModule, NewTensor, Shard, plan_shards, write_shards
-from .writing import (
-    check_space,
-    identify,
-    open_target,
-    progress_bar,
-    write_small,
-)
+from .shards import Block, NewModule, NewTensor, Shard, plan_shards, write_checkpoint
+from .writing import identify
 
 RECORD_NAME = "conversion.json"
 FORMAT = 1  # of the record
@@ -148,23 +142,13 @@ def write_model(
     config: dict,
     progress: bool,
 ) -> None:
-    """Write shards, index, tokenizer files and, last, config.json into a folder.
-
-    Last, because a folder without config.json is not taken for a model.
-    """
+    """Write a checkpoint that was made from another, with its tokenizer files."""
     check_apart(checkpoint.path, target)
     source = identify(checkpoint, lambda name: True)
     record = {"format": FORMAT, **record, "source": source}
-    with open_target(target, record, RECORD_NAME):
-        check_space(target, {target / shard.name: shard.n_bytes for shard in shards})
-        write_small(target / RECORD_NAME, record)
-        n_bytes = sum(shard.n_bytes for shard in shards)
-        with progress_bar(target.name, n_bytes, progress) as bar:
-            write_shards(target, shards, bar)
-        for pattern in COPIED_FILES:
-            for path in sorted(checkpoint.path.glob(pattern)):
-                write_small(target / path.name, path.read_bytes())
-        write_small(target / "config.json", config)
+    folder = checkpoint.path
+    copied = [p for pattern in COPIED_FILES for p in sorted(folder.glob(pattern))]
+    write_checkpoint(target, shards, (RECORD_NAME, record), config, copied, progress)
 
 
 def check_apart(source: Path, target: Path) -> None:

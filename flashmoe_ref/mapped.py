@@ -5,7 +5,7 @@ projection of a layer is one array over the file; the kernel that multiplies by 
 expert waits for its pages, 4 KB or a read-ahead window at a time. For comparison with
 `streaming.py`, whose interface the store has. **But:** NumPy engine and stacked experts
 only; a vanished file ends the process (SIGBUS) where a read gives an error.
-*Taught in notebooks/06 and 08.*
+*Taught in notebooks/08.*
 """
 
 from collections.abc import Sequence

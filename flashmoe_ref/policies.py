@@ -8,6 +8,7 @@ are in slots when the layer computes, so none may be evicted for another of the 
 *Taught in notebooks/08.*
 """
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Hashable, Iterable, Sequence
 
@@ -18,7 +19,7 @@ HALF_LIFE = 128  # requests after which a use counts half, for LFU
 RESCALE = 512  # doublings after which LFU's float64 scores are brought down again
 
 
-class Slots:
+class Slots(ABC):
     """Which expert is in which slot. A policy says how it hears of uses, and who goes.
 
     pinned: keys that have a slot of their own from the start and are never evicted.
@@ -29,15 +30,15 @@ class Slots:
         self.slots: OrderedDict[Key, int] = OrderedDict()  # in order of arrival
         self.free = list(range(n_slots - len(self.pinned) - 1, -1, -1))
 
-    def used(self, keys: Sequence[Key]) -> None:
+    def used(self, keys: Sequence[Key]) -> None:  # noqa: B027 (FIFO does not care)
         """Keys were requested and are in slots; in the order of the request."""
 
-    def added(self, key: Key) -> None:
+    def added(self, key: Key) -> None:  # noqa: B027 (FIFO does not care)
         """A key was given a slot."""
 
+    @abstractmethod
     def victim(self, needed: Collection[Key]) -> Key:
         """The key in a slot, not among the needed ones, that has to go."""
-        raise NotImplementedError
 
     def assign(self, keys: Sequence[Key]) -> tuple[list[int], list[Key]]:
         """Give every key of a request a slot: distinct keys, at most n_slots.

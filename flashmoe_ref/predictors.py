@@ -7,6 +7,7 @@ how many bytes nobody wanted. **But:** decoding only; a wrong guess costs time, 
 exactness. *Taught in notebooks/09.*
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ def best(scores: np.ndarray, n: int) -> list[int]:
     return order[scores[order] > 0].tolist()
 
 
-class Predictor:
+class Predictor(ABC):
     """What all have in common. n: experts to name for a layer, at most."""
 
     looks_ahead = False  # whether it wants the scores of the next layer's router
@@ -32,6 +33,7 @@ class Predictor:
     def __init__(self, n_layers: int, n_experts: int, n: int) -> None:
         self.n_layers, self.n_experts, self.n = n_layers, n_experts, n
 
+    @abstractmethod
     def after(
         self, layer: int, picks: Sequence[int], scores: np.ndarray | None = None
     ) -> list[int]:
@@ -39,7 +41,6 @@ class Predictor:
 
         Shapes: picks (K,), best first; scores (E,): see `NumpyModel.scores_ahead`.
         """
-        raise NotImplementedError
 
     def learn(self, picks: np.ndarray) -> None:
         """Take in a recorded run. Shapes: picks (T, L, K)."""

@@ -7,8 +7,8 @@ the engine does, and as fio does with `--ioengine=psync`. Three modes:
     direct  past the page cache (O_DIRECT on Linux, F_NOCACHE on macOS)
 A cold or direct record is one of which no page is cached, and is read once; where the
 system keeps a file cached all the same, nothing is measured and a note says so.
-**But:** the smallest warm reads measure Python as much as memory, and a host may cache
-a virtual disk. *Taught in notebooks/06 and 12.*
+**But:** warm reads of less than about 256 KiB measure Python's threads as much as
+memory, and a host may cache a virtual disk. *Taught in notebooks/06 and 12.*
 """
 
 import fcntl

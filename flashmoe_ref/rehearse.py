@@ -30,8 +30,7 @@ from .mlx_config import (
     full_attention_interval,
     with_quantization,
 )
-from .shards import NewModule, NewTensor, plan_shards, write_shards
-from .writing import check_space, open_target, progress_bar, write_small
+from .shards import NewModule, NewTensor, plan_shards, write_checkpoint
 
 RECORD_NAME = "rehearsal.json"
 BLOCK_BYTES = 1 << 24  # of words made at a time
@@ -72,13 +71,7 @@ def write_random(
     record = {"made_by": "rehearse", "seed": seed, "shard_bytes": shard_bytes}
     raw = with_quantization(as_json(config), (bits, group_size), widths)
     record |= settings | {"config": as_json(config)}
-    with open_target(folder, record, RECORD_NAME):
-        check_space(folder, {folder / s.name: s.n_bytes for s in shards})
-        write_small(folder / RECORD_NAME, record)
-        n_bytes = sum(shard.n_bytes for shard in shards)
-        with progress_bar(folder.name, n_bytes, progress) as bar:
-            write_shards(folder, shards, bar)
-        write_small(folder / "config.json", raw)  # last: now it is a model
+    write_checkpoint(folder, shards, (RECORD_NAME, record), raw, progress=progress)
     return folder
 
 

@@ -20,7 +20,14 @@ from tqdm import tqdm
 
 from .checkpoint import INDEX_NAME
 from .headers import DTYPES
-from .writing import is_finished, new_parts_file, write_small
+from .writing import (
+    check_space,
+    is_finished,
+    new_parts_file,
+    open_target,
+    progress_bar,
+    write_small,
+)
 
 HEADER_PART = "header"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -124,6 +131,32 @@ def _header_bytes(modules: Iterable[NewModule]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data starts aligned
     return len(text).to_bytes(8, "little") + text
+
+
+def write_checkpoint(
+    folder: Path,
+    shards: list[Shard],
+    record: tuple[str, dict],
+    config: dict,
+    copied: Iterable[Path] = (),
+    progress: bool = True,
+) -> None:
+    """Write shards, index, copies of small files and, last, config.json into a folder.
+
+    Last, because a folder without config.json is not taken for a model. record: the
+    name and the content of the file that says what the folder is made from.
+    Raises: PackError if there is no room, or the folder holds something else.
+    """
+    record_name, content = record
+    with open_target(folder, content, record_name):
+        check_space(folder, {folder / shard.name: shard.n_bytes for shard in shards})
+        write_small(folder / record_name, content)
+        n_bytes = sum(shard.n_bytes for shard in shards)
+        with progress_bar(folder.name, n_bytes, progress) as bar:
+            write_shards(folder, shards, bar)
+        for path in copied:
+            write_small(folder / path.name, path.read_bytes())
+        write_small(folder / "config.json", config)
 
 
 def write_shards(folder: Path, shards: list[Shard], bar: tqdm) -> None:

@@ -4,7 +4,7 @@
 derivation of notebooks/01 line by line. Both compute in float64 on the CPU and agree to
 rounding, so a training gives the same figures with and without MLX. Follows Adam (arXiv
 1412.6980). **But:** MLX computes all experts for every token and multiplies most by 0;
-no clipping, no weight decay, no mini-batches of mini-batches. *Taught in notebooks/01.*
+no clipping, no weight decay; each step has fresh tokens. *Taught in notebooks/01.*
 """
 
 import importlib.util

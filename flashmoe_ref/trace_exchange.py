@@ -10,6 +10,7 @@ Source: "Trace Event Format" of the Chromium project, complete events (ph "X").
 import csv
 import json
 from collections.abc import Iterable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from .errors import TraceError
 from .recording import KINDS
 from .trace import Trace
 from .trace_format import STEP
+from .writing import new_file
 
 COLUMNS = ("token", "layer", "expert", "weight")
 MICROSECONDS = 1e6
@@ -184,10 +186,12 @@ def write_csv(trace: Trace, path: str | Path) -> None:
     columns = [grid[0], grid[1], trace.picks.ravel()]
     if trace.weights is not None:
         columns.append(trace.weights.ravel())
-    with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+    with new_file(Path(path)) as file:
+        text = TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS[: len(columns)])
         writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
+        text.detach()  # written out; new_file closes the file
 
 
 # --- timelines ------------------------------------------------------------------------
@@ -203,7 +207,8 @@ def write_chrome(trace: Trace, path: str | Path) -> None:
         "displayTimeUnit": "ms",
         "otherData": trace.about,
     }
-    Path(path).write_text(json.dumps(content), encoding="utf-8")
+    with new_file(Path(path)) as file:
+        file.write(json.dumps(content).encode())
 
 
 def chrome_events(trace: Trace) -> Iterator[dict]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from .errors import TraceError
 from .recording import KINDS
+from .writing import new_file
 
 VERSION = 1  # of the file format
 STEP = np.dtype([("n_tokens", "<i4"), ("position", "<i4")])  # tokens of the text before
@@ -61,7 +62,7 @@ def write_arrays(path: str | Path, arrays: dict[str, np.ndarray], about: dict) -
         "about": np.array(json.dumps(about)),
         "picks": arrays["picks"].astype(np.uint8 if n_experts <= 256 else np.uint16),
     }
-    with open(path, "wb") as file:  # given a name, NumPy would add .npz to it
+    with new_file(Path(path)) as file:  # given a name, NumPy would add .npz to it
         np.savez_compressed(file, **arrays)
 
 

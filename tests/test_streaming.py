@@ -126,14 +126,6 @@ def test_bad_options_are_refused(tiny, options, word):
 # --- the cache ------------------------------------------------------------------------
 
 
-def test_lru_by_hand():
-    lru = LruSlots(3)
-    assert lru.assign([5, 6, 7]) == ([0, 1, 2], [5, 6, 7])
-    assert lru.assign([5]) == ([0], [])
-    assert lru.assign([8]) == ([1], [8])  # 6 was used longest ago
-    assert lru.assign([6, 5]) == ([2, 0], [6])  # 7 goes; 5 is needed now, so it stays
-
-
 @given(st.integers(1, 6), st.lists(st.sets(st.integers(0, 9), min_size=1), max_size=40))
 def test_lru_against_a_list(n_slots, requests):
     """The plainest model of LRU: a list in order of use."""

@@ -23,7 +23,7 @@ from flashmoe_ref.memory_limit import run_limited, why_not
 from flashmoe_ref.pack import pack
 from flashmoe_ref.rehearse import write_random
 
-from .bench_reads import evict
+from .fio import evict_file
 
 SHAPE = {
     "model_type": "qwen3_5_moe_text",
@@ -62,7 +62,7 @@ def contender(folder: str, name: str):
         return Ours(load_mapped(folder))
     experts, _, slots = name.partition(", ")
     slots = int(slots.split()[0]) if slots else None
-    source = {"packed": "packed", "in place": "stream", "resident": "resident"}[experts]
+    source = {"packed": "packed", "in place": "stream"}[experts]
     return Ours(load(folder, engine="numpy", experts=source, slots=slots))
 
 
@@ -144,7 +144,7 @@ def measure(folder: Path) -> None:
             command = [sys.executable, "-m", __spec__.name, str(folder), name]
             # A cached page counts for the group that read it first: so first, none is.
             for path in folder.rglob("*.*"):
-                evict(path)
+                evict_file(path)
             done = run_limited(command, limit)
             if done.was_killed:
                 how = "killed for want of memory"

@@ -5,45 +5,16 @@ once when cold. Rounds alternate between the two, and each round's ratio is take
 itself, so that what else the machine and its disk do falls on both.
 """
 
-import json
-import os
-import shutil
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 
-from flashmoe_ref.page_cache import evict
 from flashmoe_ref.probe_disk import Span, measure, spans_of_files
 
-SIZES, DEPTH, ROUNDS = (64 << 10, 1 << 20, 4 << 20), 4, 9
+from .fio import evict_file, fio_gb_s, why_not, write_random_file
+
+SIZES, DEPTH, ROUNDS = (64 << 10, 1 << 20, 4 << 20), 4, 15
 FILE_BYTES, WARM_S = 256 << 20, 1
-
-
-def fio_gb_s(path: Path, mode: str, n_bytes: int) -> float:
-    """Four threads, each its own quarter of the file in random order."""
-    quarter = FILE_BYTES // DEPTH
-    command = [
-        "fio",
-        "--name=records",
-        f"--filename={path}",
-        "--rw=randread",
-        "--ioengine=psync",
-        "--iomem=mmap",  # from a page's start, as ours; else copies are up to 3x slower
-        f"--bs={n_bytes}",
-        f"--numjobs={DEPTH}",
-        "--thread",
-        f"--size={quarter}",
-        f"--offset_increment={quarter}",
-        *(("--time_based", f"--runtime={WARM_S}") if mode == "warm" else ()),
-        "--invalidate=0",  # we evict ourselves, and check that it worked
-        "--randrepeat=0",
-        "--group_reporting",
-        "--output-format=json",
-    ]
-    result = subprocess.run(command, capture_output=True, check=True, text=True)
-    report = json.loads(result.stdout[result.stdout.index("{") :])
-    return report["jobs"][0]["read"]["bw_bytes"] / 1e9
 
 
 def probe_gb_s(spans: list[Span], mode: str, n_bytes: int) -> float:
@@ -59,9 +30,10 @@ def rounds(path: Path, spans: list[Span], mode: str, n_bytes: int) -> list[tuple
         pair = {}
         for who in ("probe", "fio") if number % 2 else ("fio", "probe"):
             if mode == "cold":
-                assert evict(spans[0].fd) == 0, "this file system drops nothing"
+                evict_file(path)
             if who == "fio":
-                pair[who] = fio_gb_s(path, mode, n_bytes)
+                warm_s = WARM_S if mode == "warm" else None
+                pair[who] = fio_gb_s(path, n_bytes, DEPTH, FILE_BYTES // DEPTH, warm_s)
             else:
                 pair[who] = probe_gb_s(spans, mode, n_bytes)
         pairs += [(pair["probe"], pair["fio"])] if number else []  # the first warms up
@@ -70,15 +42,12 @@ def rounds(path: Path, spans: list[Span], mode: str, n_bytes: int) -> list[tuple
 
 def main() -> None:
     """Print both rates and the median ratio, a line for each mode and size."""
-    if not shutil.which("fio") or not hasattr(os, "posix_fadvise"):
-        print("skipped: needs Linux and fio (apt-get install fio)")
+    if reason := why_not():
+        print(f"skipped: {reason}")
         return
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         path = Path(folder) / "records.bin"
-        with open(path, "wb") as file:
-            for _ in range(FILE_BYTES >> 22):
-                file.write(os.urandom(1 << 22))
-            os.fsync(file.fileno())
+        write_random_file(path, FILE_BYTES >> 22, 1 << 22)
         with spans_of_files([path], FILE_BYTES) as spans:
             for mode in ("cold", "warm"):
                 for n_bytes in SIZES:

@@ -5,12 +5,8 @@ from the page cache, and reads each record once, in random order: with our store
 experts a request, as a layer asks for) and with fio (four threads).
 """
 
-import json
-import os
 import random
-import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +22,8 @@ from flashmoe_ref.experts import (
 )
 from flashmoe_ref.headers import DTYPES
 from flashmoe_ref.streaming import ExpertStore
+
+from .fio import evict_file, fio_gb_s, why_not, write_random_file
 
 N_RECORDS, THREADS, ROUNDS = 128, 4, 5
 
@@ -44,14 +42,6 @@ def record_format() -> ExpertFormat:
     return ExpertFormat(tuple(parts), dict.fromkeys(PROJECTIONS, (4, 64)))
 
 
-def evict(path: Path) -> None:
-    """Drop the file from the page cache."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-
-
 def ours_gb_s(path: Path, fmt: ExpertFormat) -> float:
     """Every record once, ten a request, through an expert store."""
     places = tuple((0, i * fmt.n_bytes) for i in range(N_RECORDS))
@@ -61,7 +51,7 @@ def ours_gb_s(path: Path, fmt: ExpertFormat) -> float:
     store = ExpertStore(files, config, threads=THREADS)
     order = random.Random(time.time_ns()).sample(range(N_RECORDS), N_RECORDS)
     store.request(0, order[:10]).wait()  # touch the slots' memory once
-    evict(path)
+    evict_file(path)
     start = time.perf_counter()
     for first in range(0, N_RECORDS, 10):
         store.request(0, order[first : first + 10]).wait()
@@ -70,46 +60,21 @@ def ours_gb_s(path: Path, fmt: ExpertFormat) -> float:
     return N_RECORDS * fmt.n_bytes / elapsed / 1e9
 
 
-def fio_gb_s(path: Path, n_bytes: int) -> float:
-    """The same bytes by fio: four threads, each its own quarter, each block once."""
-    evict(path)
-    quarter = N_RECORDS // THREADS * n_bytes
-    command = [
-        "fio",
-        "--name=records",
-        f"--filename={path}",
-        "--rw=randread",
-        "--ioengine=psync",
-        f"--bs={n_bytes}",
-        f"--numjobs={THREADS}",
-        "--thread",
-        f"--size={quarter}",
-        f"--offset_increment={quarter}",
-        "--invalidate=1",
-        "--randrepeat=0",
-        "--group_reporting",
-        "--output-format=json",
-    ]
-    result = subprocess.run(command, capture_output=True, check=True, text=True)
-    report = json.loads(result.stdout[result.stdout.index("{") :])
-    return report["jobs"][0]["read"]["bw_bytes"] / 1e9
-
-
 def main() -> None:
     """Print both rates and their ratio."""
-    if not shutil.which("fio") or not hasattr(os, "posix_fadvise"):
-        print("skipped: needs Linux and fio (apt-get install fio)")
+    if reason := why_not():
+        print(f"skipped: {reason}")
         return
     fmt = record_format()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         path = Path(folder) / "records.bin"
-        with open(path, "wb") as file:
-            for _ in range(N_RECORDS):
-                file.write(os.urandom(fmt.n_bytes))
+        write_random_file(path, N_RECORDS, fmt.n_bytes)
         ours, fios = [], []
         for _ in range(ROUNDS):  # alternate: the disk is shared and its speed drifts
             ours.append(ours_gb_s(path, fmt))
-            fios.append(fio_gb_s(path, fmt.n_bytes))
+            evict_file(path)
+            part_bytes = N_RECORDS // THREADS * fmt.n_bytes
+            fios.append(fio_gb_s(path, fmt.n_bytes, THREADS, part_bytes))
     us, fio = statistics.median(ours), statistics.median(fios)
     print(
         f"cold, {fmt.n_bytes:,} bytes, {THREADS} threads: {us:.2f} GB/s, fio {fio:.2f}"
