@@ -565,7 +565,8 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple:
     """Arguments of a run that would print for minutes."""
     folder = tmp_path_factory.mktemp("cli") / "endless"
     _write_model(folder, max_position_embeddings=100_000)
-    (folder / "generation_config.json").unlink()  # nothing but <|im_end|> stops it
+    (folder / "generation_config.json").unlink()  # no file names a token that stops it
+    (folder / "tokenizer_config.json").write_text("{}")
     return ("generate", "Hi", "--model", folder, "--max-tokens", 99_000, *FAST)
 
 
