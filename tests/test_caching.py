@@ -260,6 +260,31 @@ def test_a_slot_is_refilled_only_when_its_read_ahead_is_over(tiny, monkeypatch):
     store.close()
 
 
+def test_two_reads_ahead_never_write_to_a_slot_at_once(tiny, monkeypatch):
+    """The second guess takes the slots of the first, which is still being read."""
+    real, may_read = streaming.read_exactly, threading.Event()
+
+    def read(fd, views, offset):
+        may_read.wait(10)
+        real(fd, views, offset)
+
+    monkeypatch.setattr(streaming, "read_exactly", read)
+    store = make_store(tiny, experts=[0, 1, 2, 3], slots=4)
+    store.prefetch(0, [5, 6, 7])
+    store.predictor.experts = [4, 5, 6, 7]
+    threading.Timer(0.1, may_read.set).start()
+    store.prefetch(0, [5, 6, 7])
+    assert may_read.is_set()  # it has waited for the reads into its slots
+    store.request(1, [4, 5, 6, 7]).wait()
+    expected = make_store(tiny, slots=8)
+    slots = expected.request(1, [4, 5, 6, 7]).wait()
+    ours, theirs = store.bank(1), expected.bank(1)
+    for got, want in zip(store.request(1, [4, 5, 6, 7]).wait(), slots, strict=True):
+        assert ours.views[got] == theirs.views[want]
+    store.close()
+    expected.close()
+
+
 def test_threads_only_read_bytes(tiny):
     """Whatever runs in a reading thread belongs to reading, and no engine."""
     mx = pytest.importorskip("mlx.core")

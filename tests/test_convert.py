@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import TEXT_CONFIG, write_tiny
 
-from flashmoe_ref import writing
+from flashmoe_ref import shards, writing
 from flashmoe_ref.checkpoint import ZERO_CENTRED, Checkpoint
 from flashmoe_ref.convert import convert, target_name
 from flashmoe_ref.errors import CheckpointError, ConfigError, PackError
@@ -348,6 +348,17 @@ def test_a_tensor_with_nan_is_named(tmp_path):
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"layers.2.*down_proj.* of expert 5"):
         convert(source, tmp_path / "out", progress=False)
+
+
+def test_a_folder_is_no_model_before_all_of_it_is_there(tmp_path, monkeypatch):
+    source = hf_source(tmp_path / "hf")
+    monkeypatch.setattr(shards, "write_shards", lambda *_: 1 / 0)  # as a kill would
+    with pytest.raises(ZeroDivisionError):
+        convert(source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "config.json").exists()
+    monkeypatch.undo()
+    convert(source, tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_refuses_what_it_did_not_make(tmp_path):
