@@ -17,6 +17,7 @@ from flashmoe_ref.cli import main
 from flashmoe_ref.errors import ConfigError, ReadError
 from flashmoe_ref.page_cache import evict, resident_pages, resident_share
 from flashmoe_ref.probe_disk import DiskProbe, DiskRate, Span, measure, own_file
+from flashmoe_ref.probe_kernels import read_records
 
 REDUCED = Path(__file__).parents[1] / "data" / "reduced"
 KIB, MIB = 1 << 10, 1 << 20
@@ -99,6 +100,12 @@ class Libc:
 
 
 @pytest.fixture
+def read_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every record is left to read_exactly, which a test can replace."""
+    monkeypatch.setattr(probe_disk, "read_records", lambda *_: 0)
+
+
+@pytest.fixture
 def darwin(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What macOS lacks is taken away, what it has is put in; gives its fcntl calls."""
     calls = []
@@ -109,6 +116,7 @@ def darwin(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     return calls
 
 
+@pytest.mark.usefixtures("read_in_python")
 @pytest.mark.parametrize("drops", [True, False])
 def test_a_mac_never_reads_a_record_twice(
     drops: bool, disk: Path, darwin: list, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +144,7 @@ def test_a_mac_never_reads_a_record_twice(
 # --- what is measured -----------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("read_in_python")
 @pytest.mark.parametrize("mode", ["cold", "direct"])
 def test_cold_records_are_uncached_and_read_once(
     spans: list, mode: str, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +176,7 @@ def test_records_hold_the_files_bytes(spans: list) -> None:
     assert {bytes(memory[i * MIB : (i + 1) * MIB]) for i in range(4)} == records
 
 
+@pytest.mark.usefixtures("read_in_python")
 @pytest.mark.parametrize("depth", [1, 4])
 def test_rates_of_a_disk_of_known_speed(
     spans: list, depth: int, monkeypatch: pytest.MonkeyPatch
@@ -209,7 +219,20 @@ def test_a_short_file_is_an_error(spans: list) -> None:
     with pytest.raises(ReadError, match="shorter"):
         measure([longer], "warm", MIB, 5, limit_s=1.0)
     with pytest.raises(ReadError, match="ends too early"):
-        probe_disk._read(span.fd, memoryview(bytearray(2)), span.n_bytes - 1)
+        two = memoryview(bytearray(2))
+        probe_disk._read(np.array([span.fd]), np.array([span.n_bytes - 1]), two)
+
+
+def test_the_kernel_stops_at_the_first_record_that_is_not_whole(spans: list) -> None:
+    fd, end, memory = spans[0].fd, spans[0].n_bytes, np.zeros(PAGE, np.uint8)
+    offsets = np.array([PAGE, 0, 3 * PAGE, end - 1, PAGE])
+    fds = np.full(5, fd)
+    assert read_records(fds, offsets, memory.ctypes.data, PAGE) == 3
+    n_read = read_records(fds[:3], offsets[:3], memory.ctypes.data, PAGE)
+    assert n_read == 3
+    assert memory.tobytes() == os.pread(fd, PAGE, 3 * PAGE)
+    fds[1] = -1
+    assert read_records(fds, offsets, memory.ctypes.data, PAGE) == 1
 
 
 # --- what cannot be measured ----------------------------------------------------------
@@ -268,6 +291,7 @@ def test_surface() -> None:
 # --- files ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("read_in_python")
 @pytest.mark.parametrize("where", ["writing", "measuring"])
 def test_nothing_is_left_after_an_interrupt(
     where: str, disk: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ Golden logits, mlx-lm and the gate (streamed equals resident) are tested for eve
 engine in test_golden.py, test_peer_mlx_lm.py and test_streaming.py.
 """
 
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -177,6 +178,7 @@ def test_allocated_memory_is_shared(dtype: object) -> None:
     array, view = mlx_model.allocate((5, 3, 8), dtype)
     assert view.shape == (5, 24 * dtype.itemsize)
     assert not view.any()
+    assert view.ctypes.data % mmap.PAGESIZE == 0  # copies out of the cache are fast
     values = (np.arange(120) % 100).astype(dtype).reshape(5, 3, 8)
     view[:] = values.reshape(5, -1).view(np.uint8)
     got = np.array(array.astype(mx.float32))
