@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from . import cli_caching
+from . import cli_caching, cli_routing
 from .cli_options import REDUCED, build_parser
 from .errors import ConfigError, FlashMoeError
 
@@ -26,7 +26,14 @@ SAMPLING = (
     "presence_penalty",
     "seed",
 )
-DERIVED = ("prefill_tok_s", "decode_tok_s", "bytes_per_token", "hit_rate", "compute_s")
+DERIVED = (
+    "prefill_tok_s",
+    "decode_tok_s",
+    "bytes_per_token",
+    "mean_k",
+    "hit_rate",
+    "compute_s",
+)
 MB = 1_000_000
 
 
@@ -228,8 +235,8 @@ def _open_model(args: Namespace):
         _model_folder(args),
         engine=args.engine,
         experts=args.experts,
-        k=args.k,
         compiled=not args.no_compile,
+        **cli_routing.chosen(args, _model_folder(args)),
         **cli_caching.chosen(args),
     )
 

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, cli_caching, cli_probe
+from . import __version__, cli_caching, cli_probe, cli_routing
 
 REDUCED = Path(__file__).parents[1] / "data" / "reduced"  # only in a clone
 
@@ -276,16 +276,11 @@ def _add_model_options(parser: Parser) -> None:
         "packed_experts, one read each, after 'flashmoe pack'; resident: all in memory",
     )
     group.add_argument(
-        "--k",
-        type=int,
-        help="experts a token. Fewer than trained read and compute less in proportion, "
-        "and answer worse: JSON and tool calls suffer first (default: as trained)",
-    )
-    group.add_argument(
         "--no-compile",
         action="store_true",
         help="numpy engine without Numba: the specification itself, much slower",
     )
+    cli_routing.add_options(parser)
     cli_caching.add_options(parser)
 
 

@@ -23,6 +23,7 @@ from .experts import PACKED_FOLDER, ExpertFiles, experts_in_place, packed_expert
 from .policies import most_frequent
 from .predictors import make_predictor
 from .report import Meter, Report, make_report
+from .routing_cut import RoutingCut, make_cut
 from .slots import Allocate, allocate_numpy
 from .streaming import Counters, ExpertStore
 
@@ -45,6 +46,9 @@ def load(
     prefetch: str | None = None,
     profile: str | Path | np.ndarray | None = None,
     bypass_page_cache: bool = False,
+    kept: str = "renormalized",
+    mass: float | None = None,
+    output_scale: Sequence[float] | None = None,
 ) -> "Model":
     """Open a model folder for generation.
 
@@ -64,6 +68,12 @@ def load(
               "co-occurrence" or "look-ahead"; with a number of experts: "look-ahead:4".
     profile:  a recorded trace (.npz), or picks (T, L, K), to pin and predict by.
     bypass_page_cache: read past the operating system's cache; see `reading.py`.
+    kept:     weights of the experts that a smaller k or mass keeps: "renormalized" to
+              sum to 1 again, or "as-routed": as they are among the trained number.
+    mass:     adaptive k: a token uses the fewest experts whose weights (among the
+              trained number) sum to this much, and at most k.
+    output_scale: factors (L,) of the routed experts' output in each layer, from
+              `calibrate.calibrate_output_scale`; the shared expert is not scaled.
     Raises: ConfigError, CheckpointError or ReadError, in one line that says what to do.
     """
     _check_choice("engine", engine, ENGINES)
@@ -72,6 +82,14 @@ def load(
     config = checkpoint.config
     if k is not None:
         config = config.with_experts_per_token(k)
+    cut = make_cut(
+        config.num_experts_per_tok,
+        checkpoint.config.num_experts_per_tok,
+        config.num_hidden_layers,
+        kept,
+        mass,
+        output_scale,
+    )
     caching = _caching(config, slots, budget, policy, pin, prefetch, profile)
     if experts == "resident":
         if caching.keeps or pin or prefetch or policy != "lru":
@@ -86,7 +104,7 @@ def load(
     try:
         if experts == "resident":
             store.fill()
-        runner = _build(engine, compiled, checkpoint, store, config)
+        runner = _build(engine, compiled, checkpoint, store, config, cut)
     except BaseException:
         store.close()
         raise
@@ -95,6 +113,7 @@ def load(
         "experts": experts,
         "k": config.num_experts_per_tok,
         "trained k": checkpoint.config.num_experts_per_tok,
+        **cut.in_words(),
         "bits": _bits(files),
         "slots": _slots_in_words(caching),
         "threads": threads,
@@ -152,7 +171,8 @@ def _caching(
                 f"trace that tells which are used most"
             )
         counts = np.zeros(shape, int)
-        np.add.at(counts, (np.arange(shape[0])[:, None], picks), 1)
+        _, layers, _ = kept = np.nonzero(picks >= 0)
+        np.add.at(counts, (layers, picks[kept]), 1)
         pinned = most_frequent(counts, pin, budget is not None)
     if prefetch is not None:
         k = config.num_experts_per_tok
@@ -171,7 +191,7 @@ def _read_profile(
         picks = read_arrays(profile)[0]["picks"]
     picks = np.asarray(picks)
     fits = picks.ndim == 3 and picks.shape[1] == n_layers and picks.size > 0
-    if not fits or picks.min() < 0 or picks.max() >= n_experts:
+    if not fits or picks.min() < -1 or picks.max() >= n_experts:
         raise ConfigError(
             f"profile: picks of shape {picks.shape} do not belong to a model of "
             f"{n_layers} layers with {n_experts} experts; record a trace with this one"
@@ -205,14 +225,20 @@ def _build(
     checkpoint: Checkpoint,
     store: ExpertStore,
     config: ModelConfig,
+    cut: RoutingCut,
 ) -> object:
     if engine == "mlx":
         from .mlx_model import MlxModel as Engine
+    elif compiled and not cut.is_plain:
+        from .compiled_cut import CutModel as Engine
     elif compiled:
         from .compiled_model import CompiledModel as Engine
     else:
         from .numpy_model import NumpyModel as Engine
-    return Engine(checkpoint, store, config)
+    runner = Engine(checkpoint, store, config)
+    if not cut.is_plain:
+        runner.cut = cut
+    return runner
 
 
 def _bits(files: ExpertFiles) -> object:

@@ -43,6 +43,7 @@ from .errors import ConfigError
 from .mlx_layers import AttentionState, DeltaState
 from .mlx_weights import Matrix, linear, to_matrix, to_stack, widen
 from .numpy_model import NORMS, PROJECTIONS, VECTORS, State, check_ids
+from .routing_cut import NONE, RoutingCut, drop_none
 from .streaming import ExpertStore, SlotBank
 
 BLOCK_BYTES = 1 << 26  # rows and widened weights of a prompt's experts at a time
@@ -140,6 +141,8 @@ class MlxModel:
     The store must have been made with `allocate`. n_syncs counts the times that
     Python waited for MLX.
     """
+
+    cut: RoutingCut | None = None  # of the routing budget, where route_topk is not all
 
     def __init__(
         self, checkpoint: Checkpoint, store: ExpertStore, config: ModelConfig
@@ -250,18 +253,26 @@ class MlxModel:
         recorder.lap(recording.MIX)
         self.wait(router_logits, ahead)
         recorder.lap(recording.SYNC)
-        experts, weights = reference.route_topk(
-            np.array(router_logits, copy=False), self.config.num_experts_per_tok
-        )
+        experts, weights = self.route(layer, np.array(router_logits, copy=False))
         recorder.routed(experts, weights)
         if len(h) > 1:
             return self.experts_of_prompt(layer, h, experts, weights) + shared
-        picks = experts[0].tolist()
+        picks, shares = drop_none(experts[0], weights[0])
         ticket = self.store.request(layer, picks)
         if self.store.predictor is not None:
             scores = None if ahead is None else np.array(ahead, copy=False)[0]
             self.store.prefetch(layer, picks, scores)
-        return self.experts_of_token(layer, h, ticket.wait(), weights[0]) + shared
+        return self.experts_of_token(layer, h, ticket.wait(), shares) + shared
+
+    def route(
+        self, layer: int, router_logits: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Each token's experts and their weights. Shapes: (T, E) -> both (T, K)."""
+        cut, k = self.cut, self.config.num_experts_per_tok
+        if cut is None:
+            return reference.route_topk(router_logits, k)
+        picked = reference.route_topk(router_logits, cut.trained_k)
+        return cut.apply(layer, *picked, self.store.counters)
 
     def looks_ahead(self, layer: int, h: mx.array) -> bool:
         """Whether the store wants the next router's scores, which one token has."""
@@ -305,14 +316,15 @@ class MlxModel:
         """
         (t, k), capacity = experts.shape, self.store.capacity
         outputs = mx.zeros((t * k, h.shape[1]), h.dtype)
-        chosen = np.unique(experts)
+        chosen = np.unique(experts[experts != NONE])
         for start in range(0, len(chosen), capacity):
             if start:  # the slots of the wave before are about to be refilled
                 self.wait(outputs)
                 self.store.recorder.lap(recording.SYNC)
             wave = chosen[start : start + capacity]
             slots = self.store.request(layer, wave.tolist()).wait()
-            slot_of = np.full(self.config.num_experts, -1)
+            # one more than experts: NONE, the last one, is in no slot
+            slot_of = np.full(self.config.num_experts + 1, -1)
             slot_of[wave] = slots
             outputs = self.wave(layer, h, slot_of[experts], outputs)
             self.store.recorder.lap(recording.EXPERTS)

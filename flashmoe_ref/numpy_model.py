@@ -17,6 +17,7 @@ from .config import ModelConfig
 from .errors import ConfigError
 from .layers import AttentionState, DeltaState
 from .quantize import QuantizedMatrix, dequantize
+from .routing_cut import NONE, RoutingCut, drop_none
 from .streaming import ExpertStore, SlotBank
 
 Matrix = np.ndarray | QuantizedMatrix
@@ -110,6 +111,8 @@ class State:
 class NumpyModel:
     """Qwen3.5-MoE in float32: dense weights in memory, experts through a store."""
 
+    cut: RoutingCut | None = None  # of the routing budget, where route_topk is not all
+
     def __init__(
         self, checkpoint: Checkpoint, store: ExpertStore, config: ModelConfig
     ) -> None:
@@ -198,21 +201,29 @@ class NumpyModel:
         """
         w = self.layers[layer]
         router_logits = self.linear(h, w["gate"])
-        experts, weights = self.route_topk(
-            router_logits, self.config.num_experts_per_tok
-        )
+        experts, weights = self.route(layer, router_logits)
         self.store.recorder.routed(experts, weights)
         if len(h) > 1:
             return self.experts_of_prompt(layer, h, experts, weights) + (
                 layers.shared_expert(h, w, self.linear)
             )
-        picks = experts[0].tolist()
+        picks, shares = drop_none(experts[0], weights[0])
         ticket = self.store.request(layer, picks)
         if self.store.predictor is not None:
             self.prefetch(layer, picks, h)
         shared = layers.shared_expert(h, w, self.linear)
         self.store.recorder.lap(recording.SHARED)
-        return self.experts_of_token(layer, h, ticket.wait(), weights[0]) + shared
+        return self.experts_of_token(layer, h, ticket.wait(), shares) + shared
+
+    def route(
+        self, layer: int, router_logits: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Each token's experts and their weights. Shapes: (T, E) -> both (T, K)."""
+        cut = self.cut
+        if cut is None:
+            return self.route_topk(router_logits, self.config.num_experts_per_tok)
+        picked = self.route_topk(router_logits, cut.trained_k)
+        return cut.apply(layer, *picked, self.store.counters)
 
     def prefetch(self, layer: int, picks: list[int], h: np.ndarray) -> None:
         """Let threads read what the next layer may need while this one computes.
@@ -256,7 +267,7 @@ class NumpyModel:
         of expert ids, whatever the number of slots.
         """
         bank, y = self.store.bank(layer), np.zeros_like(h)
-        chosen = np.unique(experts)
+        chosen = np.unique(experts[experts != NONE])
         for start in range(0, len(chosen), self.store.capacity):
             wave = chosen[start : start + self.store.capacity]
             slots = self.store.request(layer, wave.tolist()).wait()

@@ -46,7 +46,7 @@ class Predictor(ABC):
         """Take in a recorded run. Shapes: picks (T, L, K)."""
         for token in picks:
             for layer, experts in enumerate(token):
-                self.after(layer, experts)
+                self.after(layer, [e for e in experts if e >= 0])
 
 
 class LastToken(Predictor):
@@ -172,7 +172,8 @@ def predict(
         token, layer = divmod(i, n_layers)
         has_scores = scores is not None and layer + 1 < n_layers
         ahead = scores[token, layer + 1] if has_scores else None
-        named = predictor.after(layer, picks[token, layer].tolist(), ahead)
+        picked = [e for e in picks[token, layer].tolist() if e >= 0]
+        named = predictor.after(layer, picked, ahead)
         predicted[i + 1, : len(named)] = named
     return predicted[:-1].reshape(t, n_layers, predictor.n)
 
@@ -217,9 +218,10 @@ def quality(
     named = predicted[..., :n]
     is_right = (named[..., None] == picks[..., None, :]).any(axis=3) & (named >= 0)
     n_right, n_named = int(is_right.sum()), int(np.sum(named >= 0))
+    n_picked = np.sum(picks >= 0, axis=(0, 2))  # (L,); -1 stands for dropped ones
     return Quality(
-        recall=n_right / picks.size if picks.size else 1.0,
+        recall=n_right / n_picked.sum() if n_picked.any() else 1.0,
         precision=n_right / n_named if n_named else 1.0,
         wasted_bytes=(n_named - n_right) * record_bytes / max(len(picks), 1),
-        recall_by_layer=is_right.sum(axis=(0, 2)) / max(len(picks) * picks.shape[2], 1),
+        recall_by_layer=is_right.sum(axis=(0, 2)) / np.maximum(n_picked, 1),
     )

@@ -35,6 +35,8 @@ class Report:
     misses: int  # experts read because they were needed
     prefetched: int  # experts read ahead
     prefetch_hits: int  # of those, used before they were evicted
+    routed: int  # tokens times layers whose routing was cut: see routing_cut.py
+    picked: int  # experts that these kept
     reads: int
     bytes_read: int
     read_s: float  # spent in reads, all threads together
@@ -60,6 +62,11 @@ class Report:
         return self.bytes_read / n_tokens if n_tokens else 0.0
 
     @property
+    def mean_k(self) -> float:
+        """Experts that a token used in a layer, on average."""
+        return self.picked / self.routed if self.routed else float(self.mode["k"])
+
+    @property
     def hit_rate(self) -> float:
         """Share of requested experts that were in a slot; 1 if none was requested."""
         n = self.hits + self.misses
@@ -79,6 +86,7 @@ class Report:
             "decode": f"{self.generated_tokens} tokens, {self.decode_tok_s:.1f} tok/s",
             "experts": f"{self.misses} read, {self.hits} found in a slot "
             f"(hit rate {self.hit_rate:.0%})",
+            "adaptive": f"{self.mean_k:.2f} experts a token and layer on average",
             "ahead": f"{self.prefetched} read, {self.prefetch_hits} of them used",
             "read": f"{self.bytes_read / 1e6:.1f} MB in {self.reads} reads, "
             f"{self.bytes_per_token / 1e6:.3f} MB a token",
@@ -88,6 +96,8 @@ class Report:
             f"model of {self.model_bytes / 1e6:.1f} MB; process peak "
             f"{self.peak_memory_bytes / 1e6:.0f} MB",
         }
+        if "mass" not in self.mode:
+            del lines["adaptive"]
         if not self.prefetched:
             del lines["ahead"]
         return "\n".join(f"{name:8}{text}" for name, text in lines.items())

@@ -73,15 +73,16 @@ def decode_requests(
 ) -> Requests:
     """Tokens one by one: a request for each layer of each token.
 
-    Shapes: picks (T, L, K); predicted (T, L, P) with -1 for none: what is prefetched
-    for a layer, just before it asks.
+    Shapes: picks (T, L, K), with -1 where adaptive K dropped one; predicted (T, L, P)
+    with -1 for none: what is prefetched for a layer, just before it asks.
     """
-    t, n_layers, k = picks.shape
+    t, n_layers, _ = picks.shape
     if predicted is None:
         predicted = np.empty((t, n_layers, 0), int)
     both = np.concatenate([predicted, picks], axis=2)  # (T, L, P + K)
     n_ahead = np.sum(predicted >= 0, axis=2).ravel()
-    sizes = np.stack([n_ahead, np.full(t * n_layers, k)], axis=1).ravel()
+    n_picked = np.sum(picks >= 0, axis=2).ravel()
+    sizes = np.stack([n_ahead, n_picked], axis=1).ravel()
     layers = np.repeat(np.tile(np.arange(n_layers), t), 2)
     ahead = np.tile([True, False], t * n_layers)
     used = sizes > 0
@@ -101,9 +102,8 @@ def prompt_requests(
     """
     t, n_layers, _ = picks.shape
     is_chosen = np.zeros((-(-t // chunk), n_layers, n_experts), bool)
-    is_chosen[
-        np.arange(t)[:, None, None] // chunk, np.arange(n_layers)[:, None], picks
-    ] = True
+    tokens, layers, ranks = np.nonzero(picks >= 0)
+    is_chosen[tokens // chunk, layers, picks[tokens, layers, ranks]] = True
     return access_requests(*np.nonzero(is_chosen), n_experts, capacity)
 
 

@@ -42,6 +42,8 @@ class Counters:
     misses: int = 0  # experts read because they were needed
     prefetched: int = 0  # experts read ahead
     prefetch_hits: int = 0  # of those, used before they were evicted
+    routed: int = 0  # tokens times layers whose routing was cut: see routing_cut.py
+    picked: int = 0  # experts that these kept
     reads: int = 0  # positioned reads issued
     bytes_read: int = 0
     read_s: float = 0.0  # spent inside reads, all threads together

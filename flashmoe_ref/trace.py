@@ -40,11 +40,11 @@ DECIMALS = 9  # of seconds: a nanosecond
 class Trace:
     """One run. T tokens in S steps, L layers, K experts a token, N accesses."""
 
-    picks: np.ndarray  # (T, L, K) int32, best first
+    picks: np.ndarray  # (T, L, K) int32, best first; -1 where adaptive K dropped one
     n_experts: int  # of each layer
     steps: np.ndarray  # (S,) STEP
     ids: np.ndarray | None = None  # (T,) int32, the tokens that went in
-    weights: np.ndarray | None = None  # (T, L, K) float16, sum to 1
+    weights: np.ndarray | None = None  # (T, L, K) float16, as the experts were mixed
     hits: np.ndarray | None = None  # (N,) bool, in the order of accesses()
     spans: np.ndarray | None = None  # (n,) SPAN: the computing thread, without gaps
     reads: np.ndarray | None = None  # (n,) READ, by start
@@ -66,6 +66,11 @@ class Trace:
         return self.picks.shape[2]
 
     @property
+    def mean_k(self) -> float:
+        """Experts that a token used in a layer, on average."""
+        return float((self.picks >= 0).sum(axis=2).mean()) if self.n_tokens else self.k
+
+    @property
     def is_decode(self) -> np.ndarray:
         """Which steps took one token. Shapes: (S,) bool."""
         return self.steps["n_tokens"] == 1
@@ -85,6 +90,7 @@ class Trace:
             last = first[step] + self.steps["n_tokens"][step]
             for i in range(self.n_layers):
                 chosen = np.unique(self.picks[first[step] : last, i])
+                chosen = chosen[chosen >= 0]
                 parts.append(_rows(np.array([step]), chosen[None, None], i))
         rows = np.concatenate(parts)
         if len(parts) > 1:
@@ -174,6 +180,8 @@ class Trace:
             f"{n_decoded:,} of them one by one",
             "experts": f"{self.k} of {self.n_experts} a layer, {self.n_layers} layers",
         }
+        if self.mean_k < self.k:
+            lines["experts"] += f"; {self.mean_k:.2f} a token and layer on average"
         if self.hits is not None:
             lines["found"] = f"{self.hit_rate():.1%} of {len(self.hits):,} in a slot"
         if self.spans is not None and n_decoded:
@@ -191,7 +199,7 @@ def _rows(steps: np.ndarray, experts: np.ndarray, layer: int = 0) -> np.ndarray:
     rows[..., 0] = steps[:, None, None]
     rows[..., 1] = layer + np.arange(n_layers)[:, None]
     rows[..., 2] = experts
-    return rows.reshape(-1, 3)
+    return rows[experts >= 0]
 
 
 # --- recording ------------------------------------------------------------------------

@@ -182,10 +182,11 @@ def _groups(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def write_csv(trace: Trace, path: str | Path) -> None:
     """Write token, layer, expert and, where recorded, weight: a row for each pick."""
-    grid = np.indices(trace.picks.shape).reshape(3, -1)
-    columns = [grid[0], grid[1], trace.picks.ravel()]
+    kept = trace.picks >= 0
+    tokens, layers, _ = np.nonzero(kept)
+    columns = [tokens, layers, trace.picks[kept]]
     if trace.weights is not None:
-        columns.append(trace.weights.ravel())
+        columns.append(trace.weights[kept])
     with new_file(Path(path)) as file:
         text = TextIOWrapper(file, encoding="utf-8", newline="")
         writer = csv.writer(text, lineterminator="\n")

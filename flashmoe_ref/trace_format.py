@@ -60,10 +60,16 @@ def write_arrays(path: str | Path, arrays: dict[str, np.ndarray], about: dict) -
     arrays = arrays | {
         "version": np.array(VERSION),
         "about": np.array(json.dumps(about)),
-        "picks": arrays["picks"].astype(np.uint8 if n_experts <= 256 else np.uint16),
+        "picks": arrays["picks"].astype(_type_of_picks(arrays["picks"], n_experts)),
     }
     with new_file(Path(path)) as file:  # given a name, NumPy would add .npz to it
         np.savez_compressed(file, **arrays)
+
+
+def _type_of_picks(picks: np.ndarray, n_experts: int) -> type:
+    if picks.size and picks.min() < 0:  # adaptive K dropped some
+        return np.int16
+    return np.uint8 if n_experts <= 256 else np.uint16
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
@@ -133,10 +139,13 @@ def first_fault(
     n_tokens = int(steps["n_tokens"].sum())
     if len(picks) != n_tokens or (steps["n_tokens"] < 1).any():
         return f"steps are of {n_tokens} tokens, but picks of {len(picks)}"
-    bad = picks[(picks < 0) | (picks >= n_experts)]
+    bad = picks[(picks < -1) | (picks >= n_experts)]
     if bad.size:
         return f"expert {bad[0]} is outside 0..{n_experts - 1}"
-    if (np.diff(np.sort(picks, axis=2), axis=2) == 0).any():
+    if fault := _fault_of_dropped(picks):
+        return fault
+    ordered = np.sort(picks, axis=2)
+    if ((np.diff(ordered, axis=2) == 0) & (ordered[..., 1:] >= 0)).any():
         return "a token picks an expert twice in one layer"
     shapes = {"ids": ("i", picks.shape[:1]), "weights": ("f", picks.shape)}
     if n_accesses is not None:
@@ -152,6 +161,16 @@ def first_fault(
         "expert": (0, n_experts),
     }
     return _fault_of_times(arrays, limits)
+
+
+def _fault_of_dropped(picks: np.ndarray) -> str | None:
+    """Adaptive K leaves -1 where it dropped an expert: only at the end, never all."""
+    is_kept = picks >= 0
+    if not is_kept[..., 0].all():
+        return "expert -1, where the best of a token should be"
+    if (is_kept[..., 1:] & ~is_kept[..., :-1]).any():
+        return "an expert follows after -1, which stands for dropped ones"
+    return None
 
 
 def _fault_of_times(
