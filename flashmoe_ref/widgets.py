@@ -6,10 +6,10 @@ kernel; a notebook shows the view of the default state above it, for readers wit
     explorer.controls["K"].value = 4     # as if a slider were moved
     explorer.text.value                  # what it then says
 **But:** uses neither `interact` nor `Output`, which leak into the tests of notebooks.
-*Used in notebooks/01 to 05.*
+*Used in notebooks/01 to 09.*
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from html import escape
 
@@ -27,7 +27,12 @@ from ipywidgets import (
 from matplotlib.axes import Axes
 
 from . import plots
+from .hardware import in_kib
+from .overlap_views import Timeline, draw_timelines, say_timeline, timeline
+from .probe_disk import DiskProbe
+from .probe_views import draw_bandwidth, modes_of, say_bandwidth
 from .quantize import BITS, GROUP_SIZES, RULES
+from .trace import Trace
 from .views import (
     Routing,
     draw_attention,
@@ -155,4 +160,46 @@ def quantization_explorer(
         controls,
         lambda *choice: draw_quantized(view(*choice)),
         lambda *choice: say_quantized(view(*choice)),
+    )
+
+
+def bandwidth_surface(probe: DiskProbe) -> Explorer:
+    """Mode and size of a record against GB/s by depth; cold and the largest first."""
+    modes, sizes = modes_of(probe), probe.surface("")[0]
+    controls = {
+        "mode": Dropdown(options=modes, value=modes[0], description="mode"),
+        "record": SelectionSlider(
+            options=[(in_kib(size), size) for size in sizes],
+            value=sizes[-1],
+            description="record",
+        ),
+    }
+    return Explorer(
+        controls,
+        lambda mode, n_bytes: draw_bandwidth(probe, mode, n_bytes),
+        lambda mode, n_bytes: say_bandwidth(probe, mode, n_bytes),
+    )
+
+
+def timeline_viewer(
+    traces: Mapping[str, Trace], layers: tuple[int, int] | None = None
+) -> Explorer:
+    """One decoded token's timeline, in one mode of running: {"serial": trace}.
+
+    layers: first and last to be shown (all by default). Starts with the first mode and
+    token 0; there are as many tokens as the shortest trace decoded.
+    """
+    n_tokens = min(int(trace.is_decode.sum()) for trace in traces.values())
+
+    def found(token: int, mode: str) -> Timeline:
+        return timeline(traces[mode], token, layers)
+
+    controls = {
+        "token": _slider("token", 0, n_tokens - 1, 0),
+        "mode": Dropdown(options=list(traces), description="mode"),
+    }
+    return Explorer(
+        controls,
+        lambda token, mode: draw_timelines({mode: found(token, mode)}),
+        lambda token, mode: say_timeline(mode, found(token, mode)),
     )
