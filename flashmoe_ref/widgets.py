@@ -20,9 +20,11 @@ from ipywidgets import (
     Image,
     IntSlider,
     Layout,
+    Play,
     SelectionSlider,
     VBox,
     Widget,
+    jslink,
 )
 from matplotlib.axes import Axes
 
@@ -32,6 +34,7 @@ from .overlap_views import Timeline, draw_timelines, say_timeline, timeline
 from .probe_disk import DiskProbe
 from .probe_views import draw_bandwidth, modes_of, say_bandwidth
 from .quantize import BITS, GROUP_SIZES, RULES
+from .slot_views import Frame, draw_frame, say_frame
 from .trace import Trace
 from .views import (
     Routing,
@@ -203,3 +206,21 @@ def timeline_viewer(
         lambda token, mode: draw_timelines({mode: found(token, mode)}),
         lambda token, mode: say_timeline(mode, found(token, mode)),
     )
+
+
+def slot_bank_explorer(frames: Sequence[Frame]) -> Explorer:
+    """One token in the slots of all layers: press play, or step with the slider.
+
+    frames: from `slot_views.bank_frames`. Starts with the first.
+    """
+    slider = _slider("frame", 0, len(frames) - 1, 0)
+    explorer = Explorer(
+        {"frame": slider},
+        lambda at: draw_frame(frames[at]),
+        lambda at: say_frame(frames[at]),
+    )
+    # slower than a figure is drawn, or the pictures would lag behind
+    play = Play(max=len(frames) - 1, interval=1000)
+    jslink((play, "value"), (slider, "value"))
+    explorer.children = (play, *explorer.children)
+    return explorer
