@@ -17,6 +17,8 @@ from .accounting import (
     kv_cache_bytes,
 )
 from .config import PRESETS
+from .overlap import Ahead, Layer, pays
+from .predictors import quality
 from .quantize import pack
 from .toy import balance_loss
 
@@ -196,6 +198,29 @@ def _pages_touched() -> Cases:
     ]
 
 
+def _recall_and_waste() -> Cases:
+    rng, cases = np.random.default_rng(0), []
+    for n_named, k in ((4, 10), (12, 4)):
+        order = rng.random((2, 6, 16)).argsort(axis=2)
+        named, picks = order[0, :, :n_named], order[1, :, :k]
+        found = quality(named[:, None], picks[:, None], record_bytes=1)
+        expected = (found.recall, found.wasted_bytes)
+        cases.append(((named.tolist(), picks.tolist()), expected))
+    return cases
+
+
+def _it_pays() -> Cases:
+    trials = (
+        (2.0, 1.0, 0.6, 0.3, 0.5),
+        (2.0, 1.0, 0.3, 0.6, 0.5),  # precision below contention
+        (1.0, 9.0, 0.6, 0.3, 0.0),  # the waste does not fit
+        (1.0, 9.0, 0.6, 0.05, 0.0),
+    )
+    return [
+        ((c, d, r, w, k), pays(Layer(c, d), Ahead(r, w), k)) for c, d, r, w, k in trials
+    ]
+
+
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
@@ -211,4 +236,6 @@ CASES = {
     "5.2": _row_product,
     "6.1": _place_of,
     "6.2": _pages_touched,
+    "9.1": _recall_and_waste,
+    "9.2": _it_pays,
 }
