@@ -28,12 +28,14 @@ from ipywidgets import (
 )
 from matplotlib.axes import Axes
 
-from . import plots
+from . import cache_views, plots
+from .cache_views import Setting, draw_setting, say_setting
 from .hardware import in_kib
 from .overlap_views import Timeline, draw_timelines, say_timeline, timeline
 from .probe_disk import DiskProbe
 from .probe_views import draw_bandwidth, modes_of, say_bandwidth
 from .quantize import BITS, GROUP_SIZES, RULES
+from .simulator import Requests
 from .slot_views import Frame, draw_frame, say_frame
 from .trace import Trace
 from .views import (
@@ -224,3 +226,40 @@ def slot_bank_explorer(frames: Sequence[Frame]) -> Explorer:
     jslink((play, "value"), (slider, "value"))
     explorer.children = (play, *explorer.children)
     return explorer
+
+
+def hit_rate_explorer(
+    requests: Mapping[int, Requests], policy: str = "lru", slots: int = 32
+) -> Explorer:
+    """Policy, slots of a layer and K against hit rate, with Belady's optimum beside it.
+
+    requests: of decoded tokens, by K. It starts with the largest K.
+    """
+    largest = max(requests)
+    n_experts = requests[largest].n_experts
+
+    @cache
+    def curve(policy: str, k: int) -> np.ndarray:
+        drawn = cache_views.budgets(requests[k])
+        return cache_views.hit_rates(requests[k], drawn, [policy])[policy]
+
+    @cache
+    def view(policy: str, slots: int, k: int) -> Setting:
+        curves = {name: curve(name, k) for name in (policy, "belady")}
+        return cache_views.setting(requests[k], policy, slots, curves)
+
+    names = cache_views.NAMES
+    controls = {
+        "policy": Dropdown(
+            options=[(names[name], name) for name in cache_views.POLICIES],
+            value=policy,
+            description="policy",
+        ),
+        "slots": _slider("slots", largest, n_experts, slots),
+        "K": SelectionSlider(options=sorted(requests), value=largest, description="K"),
+    }
+    return Explorer(
+        controls,
+        lambda *choice: draw_setting(view(*choice)),
+        lambda *choice: say_setting(view(*choice)),
+    )
