@@ -19,6 +19,7 @@ from .accounting import (
 from .config import PRESETS
 from .overlap import Ahead, Layer, pays
 from .predictors import quality
+from .policies import LruSlots
 from .quantize import pack
 from .toy import balance_loss
 
@@ -221,6 +222,24 @@ def _it_pays() -> Cases:
     ]
 
 
+def _lru_hits() -> Cases:
+    rng = np.random.default_rng(0)
+    cases = []
+    for keys, n_slots in (
+        ([1, 2, 1, 3, 2], 2),
+        (rng.integers(0, 6, 60).tolist(), 3),
+        (rng.zipf(1.5, 80).tolist(), 4),
+    ):
+        slots = LruSlots(n_slots)
+        hits = sum(not slots.assign([key])[1] for key in keys)
+        cases.append(((keys, n_slots), hits))
+    return cases
+
+
+def _bits_of_row() -> Cases:
+    return [((500, 3.5e9), 4), ((2500, 9.8e9), 2), ((2581, 18e9), 4)]
+
+
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
@@ -236,6 +255,8 @@ CASES = {
     "5.2": _row_product,
     "6.1": _place_of,
     "6.2": _pages_touched,
+    "8.1": _lru_hits,
+    "8.2": _bits_of_row,
     "9.1": _recall_and_waste,
     "9.2": _it_pays,
 }
