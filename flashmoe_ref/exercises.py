@@ -18,8 +18,8 @@ from .accounting import (
 )
 from .config import PRESETS
 from .overlap import Ahead, Layer, pays
-from .predictors import quality
 from .policies import LruSlots
+from .predictors import quality
 from .quantize import pack
 from .toy import balance_loss
 
