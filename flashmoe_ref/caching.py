@@ -4,6 +4,8 @@ The settings, what of them cannot work, and the caches that follow. **But:** mem
 in `slots.py`, reading in `streaming.py`. *Taught in notebooks/08.*
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,11 +40,27 @@ class Caching:
         none = np.zeros((n_layers, n_experts), bool)
         return none if self.pinned is None else self.pinned
 
-    def capacity(self, k: int, n_layers: int, n_experts: int) -> int:
+    def shares(self, kinds: Sequence[int]) -> dict[int, int]:
+        """The budget shared out: slots for each kind of layer, by its layers.
+
+        A slot has one size. Layers whose experts are of another cannot use it, so each
+        kind has slots of its own. Shapes: kinds (L,), the number of a layer's format.
+        """
+        counts = Counter(kinds)
+        slots = {kind: self.budget * n // len(kinds) for kind, n in counts.items()}
+        for kind in [*slots][: self.budget - sum(slots.values())]:
+            slots[kind] += 1
+        return slots
+
+    def capacity(
+        self, k: int, n_layers: int, n_experts: int, kinds: Sequence[int] | None = None
+    ) -> int:
         """Experts that a request may have; checks all settings.
 
+        kinds: (L,), the number of a layer's format; None: all have the same.
         Raises: ConfigError for what cannot work.
         """
+        kinds = [0] * n_layers if kinds is None else kinds
         n_all = n_layers * n_experts
         if self.slots is not None and not k <= self.slots <= n_experts:
             raise ConfigError(
@@ -71,30 +89,42 @@ class Caching:
                     "slots or budget"
                 )
             return k
-        return self._room(k, n_ahead, pins)
+        return self._room(k, n_ahead, pins, np.asarray(kinds))
 
-    def _room(self, k: int, n_ahead: int, pins: np.ndarray) -> int:
+    def _room(self, k: int, n_ahead: int, pins: np.ndarray, kinds: np.ndarray) -> int:
         """Slots beside the pinned: a token's experts, and some read ahead, must fit."""
         if self.is_shared:
-            room, needed = self.budget - int(pins.sum()), k + n_ahead
+            shares, needed = self.shares(kinds.tolist()), k + n_ahead
+            room = min(n - int(pins[kinds == kind].sum()) for kind, n in shares.items())
         else:
             room = self.slots - int(pins.sum(axis=1).max())
             needed = max(k, n_ahead)
         if room < needed:
             raise ConfigError(
-                f"pinned experts leave {room} slots, but {needed} are needed for a "
-                f"token's {k} experts and {n_ahead} read ahead; give more slots or "
-                f"budget, or pin or prefetch fewer"
+                f"pinned experts leave {room} slots{self._why(kinds)}, but {needed} "
+                f"are needed for a token's {k} experts and {n_ahead} read ahead; give "
+                f"more slots or budget, or pin or prefetch fewer"
             )
         return room
 
-    def make_caches(self, k: int, n_layers: int, n_experts: int) -> list[Slots]:
-        """Each layer's cache; all are the same where slots are shared and kept."""
+    def _why(self, kinds: np.ndarray) -> str:
+        n_kinds = len(set(kinds.tolist())) if self.is_shared else 1
+        return f" where {n_kinds} sizes of experts share the budget" * (n_kinds > 1)
+
+    def make_caches(
+        self, k: int, n_layers: int, n_experts: int, kinds: Sequence[int] | None = None
+    ) -> list[Slots]:
+        """Each layer's cache; the same for layers of a kind where slots are shared."""
         pins = self.pins(n_layers, n_experts)
         if self.is_shared:
-            keys, half_life = np.flatnonzero(pins).tolist(), HALF_LIFE * n_layers
-            cache = make_slots(self.policy, self.budget, keys, half_life)
-            return [cache] * n_layers
+            kinds = np.zeros(n_layers, int) if kinds is None else np.asarray(kinds)
+            caches = {}
+            for kind, n_slots in self.shares(kinds.tolist()).items():
+                mine = kinds == kind
+                keys = np.flatnonzero(pins & mine[:, None]).tolist()
+                half_life = HALF_LIFE * int(mine.sum())
+                caches[kind] = make_slots(self.policy, n_slots, keys, half_life)
+            return [caches[kind] for kind in kinds.tolist()]
         n_slots = k if self.slots is None else self.slots
         rows = [np.flatnonzero(row).tolist() for row in pins]
         return [make_slots(self.policy, n_slots, row) for row in rows]

@@ -17,6 +17,7 @@ from .errors import ConfigError
 from .routing_cut import RoutingCut
 
 FITS = ("norm", "error")
+WINDOW = 512  # tokens at a time, each from a fresh state
 
 
 def calibrate_output_scale(
@@ -46,9 +47,8 @@ def calibrate_output_scale(
     cut = RoutingCut(k, trained_k, kept)
     sums = np.zeros((3, model.config.num_hidden_layers))
     with _both_outputs(model.engine, cut, sums):
-        state = model.new_state()
-        for part in np.array_split(np.asarray(ids), -(-len(ids) // 512)):
-            model.engine.forward(part.tolist(), state)
+        for part in np.array_split(np.asarray(ids), -(-len(ids) // WINDOW)):
+            model.engine.forward(part.tolist(), model.new_state())
     whole, fewer, product = sums
     ratio = np.sqrt(whole / fewer) if fit == "norm" else product / fewer
     return ratio.astype(np.float32)

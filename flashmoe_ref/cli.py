@@ -156,6 +156,10 @@ def run_requantize(args: Namespace) -> None:
         args.rule,
         shard_bytes=int(args.shard_mb * MB),
         progress=not args.no_progress,
+        down_bits=args.down_bits,
+        dense_bits=args.dense_bits,
+        router_bits=args.router_bits,
+        layer_bits=args.layer_bits,
     )
     say(f"{folder}: experts requantized to {args.bits} bits")
 

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -74,9 +75,12 @@ experts on disk. A run that was cut off goes on when it is started again."""
 REQUANTIZE = """examples:
   flashmoe requantize DIR q2 --bits 2
   flashmoe requantize DIR q2 --bits 2 --rule least_squares
+  flashmoe requantize DIR q23 --bits 2 --down-bits 3 --layer-bits 0-1:4,7:4
+  flashmoe requantize DIR all4 --bits 4 --dense-bits 4 --router-bits 4
 
 Two bits nearly halve what four have to read for a token, and cost quality: measure it
-before you rely on it. Rules: mlx (MLX's own), minmax, least_squares (slow, closest)."""
+before you rely on it. Rules: mlx (MLX's own), minmax, least_squares (slow, closest).
+What already has the wanted width is copied byte for byte."""
 
 VERIFY = """examples:
   flashmoe verify DIR
@@ -214,7 +218,39 @@ def _add_requantize(commands) -> None:
     parser.add_argument(
         "--rule", default="mlx", help="mlx, minmax or least_squares (default: mlx)"
     )
+    _add_mixed_options(parser)
     _add_file_options(parser)
+
+
+def _add_mixed_options(parser: Parser) -> None:
+    texts = {
+        "down": "of the experts' down projections, which errors pass through last",
+        "dense": "of everything that is no expert and no gate: read once, not streamed",
+        "router": "of the gates, whose errors pick other experts (usually 8)",
+    }
+    for name, text in texts.items():
+        help = f"bits {text} (default: {'as --bits' if name == 'down' else 'as it is'})"
+        parser.add_argument(f"--{name}-bits", type=int, metavar="N", help=help)
+    parser.add_argument(
+        "--layer-bits",
+        type=_layer_bits,
+        metavar="L:N,...",
+        help="bits of the experts of single layers, in place of the above: 0-1:4,7:4",
+    )
+
+
+def _layer_bits(text: str) -> dict[int, int]:
+    """'0-1:4,7:8' -> {0: 4, 1: 4, 7: 8}."""
+    found = {}
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?:(\d{1,3})", item.strip())
+        if not match:
+            raise argparse.ArgumentTypeError(
+                f"{item!r} is not LAYER:BITS or FIRST-LAST:BITS"
+            )
+        first, last, bits = match[1], match[2] or match[1], int(match[3])
+        found |= dict.fromkeys(range(int(first), int(last) + 1), bits)
+    return found
 
 
 def _add_verify(commands) -> None:

@@ -180,26 +180,54 @@ def packed_experts(folder: str | Path, config: ModelConfig) -> ExpertFiles:
             f"make them with 'flashmoe pack', or use --experts stream"
         )
     layout = read_json(where)
-    fmt = _packed_format(layout, config, where)
-    wanted = {
-        "expert_size": fmt.n_bytes,
-        "num_layers": config.num_hidden_layers,
-        "num_experts": config.num_experts,
-    }
+    _check_numbers(layout, where, num_layers=config.num_hidden_layers)
+    _check_numbers(layout, where, num_experts=config.num_experts)
+    kinds, layers = formats_of_layout(layout, where)
+    known = [_packed_format(kind, config, where) for kind in kinds]
+    for kind, fmt in zip(kinds, known, strict=True):
+        _check_numbers(kind, where, expert_size=fmt.n_bytes)
+    formats = tuple(known[number] for number in layers)
+    files = tuple(folder / packed_name(i) for i in range(config.num_hidden_layers))
+    for file, fmt in zip(files, formats, strict=True):
+        _check_size(file, fmt.n_bytes * config.num_experts)
+    runs = tuple(
+        (Run(0, len(fmt.parts), fmt.n_bytes, _packed_places(i, fmt, config)),)
+        for i, fmt in enumerate(formats)
+    )
+    return ExpertFiles("packed", files, formats, runs)
+
+
+def formats_of_layout(layout: dict, where: Path) -> tuple[list[dict], list[int]]:
+    """The kinds of records that a layout.json describes, and each layer's number.
+
+    flash-moe knows one kind, described at the top; ours may have a list of them.
+    Raises: CheckpointError if a layer has none.
+    """
+    n_layers = layout.get("num_layers")
+    if type(n_layers) is not int or n_layers < 1:
+        raise CheckpointError(f"{where}: num_layers is {n_layers!r}; pack again")
+    if "formats" not in layout:
+        return [layout], [0] * n_layers
+    kinds, layers = layout["formats"], layout.get("layers")
+    are_lists = isinstance(kinds, list) and isinstance(layers, list)
+    if not are_lists or not all(isinstance(kind, dict) for kind in kinds):
+        raise CheckpointError(f"{where}: formats and layers must be lists; pack again")
+    numbers = [n for n in layers if type(n) is int and 0 <= n < len(kinds)]
+    if len(numbers) != n_layers or len(layers) != n_layers:
+        raise CheckpointError(
+            f"{where}: layers must name one of {len(kinds)} formats for each of the "
+            f"{n_layers} layers; pack again"
+        )
+    return kinds, layers
+
+
+def _check_numbers(layout: dict, where: Path, **wanted: int) -> None:
     for key, value in wanted.items():
         if layout.get(key) != value:
             raise CheckpointError(
                 f"{where}: {key} is {layout.get(key)!r}, the model needs {value}; "
                 f"pack this model again"
             )
-    files = tuple(folder / packed_name(i) for i in range(config.num_hidden_layers))
-    for file in files:
-        _check_size(file, fmt.n_bytes * config.num_experts)
-    runs = tuple(
-        (Run(0, len(fmt.parts), fmt.n_bytes, _packed_places(i, fmt, config)),)
-        for i in range(config.num_hidden_layers)
-    )
-    return ExpertFiles("packed", files, (fmt,) * len(files), runs)
 
 
 def packed_name(layer: int) -> str:

@@ -3,8 +3,9 @@
 Writes the layout of Dan Woods' flash-moe: `packed_experts/layer_00.bin`, with expert e
 at byte e * expert_size, and `layout.json`, which says what an expert's record holds.
 Ours adds keys to it (`format`, `bits`, `group_size`, `source`), and digests beside each
-file. **But:** that layout knows one size of expert, so all layers must have the same
-bits. *Taught in notebooks/06.*
+file. Where layers differ in their bits, `formats` describes each kind of record and
+`layers` says which one a layer has. **But:** only this package reads that: flash-moe
+knows one size of expert. *Taught in notebooks/06.*
 """
 
 from contextlib import ExitStack
@@ -13,7 +14,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint
-from .errors import PackError
 from .experts import (
     LAYOUT_NAME,
     PACKED_FOLDER,
@@ -36,6 +36,7 @@ from .writing import (
 )
 
 FORMAT = 1  # of our keys in layout.json
+FORMAT_BY_LAYER = 2  # with formats and layers
 
 
 def pack(
@@ -54,13 +55,15 @@ def pack(
     checkpoint = Checkpoint.open(model_dir)
     experts = experts_in_place(checkpoint)
     layout = describe_layout(checkpoint, experts)
-    layer_bytes = layout["expert_size"] * layout["num_experts"]
-    paths = [target / packed_name(i) for i in range(layout["num_layers"])]
+    sizes = {
+        target / packed_name(layer): fmt.n_bytes * experts.n_experts
+        for layer, fmt in enumerate(experts.formats)
+    }
     with open_target(target, layout, LAYOUT_NAME):
-        check_space(target, dict.fromkeys(paths, layer_bytes))
+        check_space(target, sizes)
         write_small(target / LAYOUT_NAME, layout)
-        with progress_bar(target.name, layer_bytes * len(paths), progress) as bar:
-            for layer, path in enumerate(paths):
+        with progress_bar(target.name, sum(sizes.values()), progress) as bar:
+            for layer, (path, layer_bytes) in enumerate(sizes.items()):
                 if is_finished(path):
                     bar.update(layer_bytes)
                 else:
@@ -69,27 +72,31 @@ def pack(
 
 
 def describe_layout(checkpoint: Checkpoint, experts: ExpertFiles) -> dict:
-    """The content of layout.json; it names the source by content, not by its place.
+    """The content of layout.json; it names the source by content, not by its place."""
+    kinds: list[ExpertFormat] = []
+    for fmt in experts.formats:
+        if fmt not in kinds:
+            kinds.append(fmt)
+    described = [_described(fmt) for fmt in kinds]
+    layout = {
+        "num_layers": len(experts.formats),
+        "num_experts": experts.n_experts,
+        "format": FORMAT if len(kinds) == 1 else FORMAT_BY_LAYER,
+        "source": source_identity(checkpoint),
+    }
+    if len(kinds) == 1:
+        return described[0] | layout
+    numbers = [kinds.index(fmt) for fmt in experts.formats]
+    return layout | {"formats": described, "layers": numbers}
 
-    Raises: PackError if layers differ in their format.
-    """
-    fmt = experts.formats[0]
-    for layer, other in enumerate(experts.formats):
-        if other != fmt:
-            raise PackError(
-                f"{checkpoint.path}: experts of layer {layer} have another format than "
-                f"those of layer 0, packed files need one; read them in place instead"
-            )
+
+def _described(fmt: ExpertFormat) -> dict:
     bits, group_size = _widths(fmt)
     return {
         "expert_size": fmt.n_bytes,
-        "num_layers": len(experts.formats),
-        "num_experts": experts.n_experts,
         "components": _components(fmt),
-        "format": FORMAT,
         "bits": bits,
         "group_size": group_size,
-        "source": source_identity(checkpoint),
     }
 
 

@@ -57,14 +57,10 @@ class SlotBank:
         return offset % block == 0 and all(g % block == 0 for g in granules)
 
 
-def make_banks(
-    formats: Sequence[ExpertFormat], n_slots: int, shared: bool, allocate: Allocate
-) -> list[SlotBank]:
-    """One bank a layer; shared: one for each format, for all its layers."""
-    if not shared:
-        return [SlotBank(fmt, n_slots, allocate) for fmt in formats]
-    banks: dict[tuple, SlotBank] = {}
-    for fmt in formats:
-        if fmt.parts not in banks:
-            banks[fmt.parts] = SlotBank(fmt, n_slots, allocate)
-    return [banks[fmt.parts] for fmt in formats]
+def kinds_of(formats: Sequence[ExpertFormat]) -> list[int]:
+    """Number the formats of the layers: the same number, the same slots fit.
+
+    Shapes: formats (L,) -> (L,), from 0 in order of appearance.
+    """
+    numbers: dict[tuple, int] = {}
+    return [numbers.setdefault(fmt.parts, len(numbers)) for fmt in formats]

@@ -29,7 +29,7 @@ from .experts import ExpertFiles
 from .policies import LruSlots, Slots
 from .reading import open_file, read_exactly, read_through_buffer
 from .recording import REQUEST, SILENT, WAIT, Silent
-from .slots import Allocate, SlotBank, allocate_numpy, make_banks
+from .slots import Allocate, SlotBank, allocate_numpy, kinds_of
 
 INLINE_BYTES = 1 << 20  # fewer missing bytes are read at once: handing over costs more
 
@@ -88,7 +88,8 @@ class ExpertStore:
     """The experts of a model behind banks of slots.
 
     caching.slots=n:  every layer has n slots of its own.
-    caching.budget=n: all layers share n slots.
+    caching.budget=n: all layers share n slots; where experts are of several sizes, each
+                      kind of layers has a share of them.
     neither:          all layers share K slots and nothing is kept from one layer to the
                       next; what caches is the operating system's page cache.
     Raises: ConfigError for settings that cannot work, ReadError.
@@ -108,18 +109,19 @@ class ExpertStore:
         self.files, self.caching, self.threads = files, caching, threads
         self.n_layers, n_experts = config.num_hidden_layers, config.num_experts
         shape = (config.num_experts_per_tok, self.n_layers, n_experts)
-        self.capacity = caching.capacity(*shape)  # experts per request
+        kinds = kinds_of(files.formats)
+        self.capacity = caching.capacity(*shape, kinds)  # experts per request
         self.predictor = caching.predictor
         self.inline_bytes = INLINE_BYTES
         self.counters = Counters()
         self.recorder = SILENT  # see trace.record
-        self._banks = self._make_banks(allocate)
-        self._caches = caching.make_caches(*shape)  # by layer, perhaps all the same
+        self._banks = self._make_banks(allocate, kinds)
+        self._caches = caching.make_caches(*shape, kinds)  # by layer, perhaps the same
         step = n_experts if caching.is_shared else 0
         self._first_key = [layer * step for layer in range(self.n_layers)]
         # by layer: slot -> the read ahead that went into it, until it is used or gone
-        one: dict[int, Future] = {}
-        self._ahead = [one if step else {} for _ in range(self.n_layers)]
+        shared: dict[int, dict[int, Future]] = {kind: {} for kind in kinds}
+        self._ahead = [shared[kind] if step else {} for kind in kinds]
         self._last = Ticket([])  # the latest request
         self._lock = Lock()  # of counters.read_s
         self._pools: dict[str, ThreadPoolExecutor] = {}
@@ -132,16 +134,18 @@ class ExpertStore:
             self.close()
             raise
 
-    def _make_banks(self, allocate: Allocate) -> list[SlotBank]:
+    def _make_banks(self, allocate: Allocate, kinds: list[int]) -> list[SlotBank]:
         caching, formats = self.caching, self.files.formats
-        n_slots = caching.slots or caching.budget or self.capacity
-        banks = make_banks(formats, n_slots, caching.slots is None, allocate)
-        if caching.is_shared and len({id(bank) for bank in banks}) > 1:
-            raise ConfigError(
-                "budget: the layers of this model have experts of several sizes and "
-                "cannot share slots; give slots"
-            )
-        return banks
+        if caching.slots is not None:
+            return [SlotBank(fmt, caching.slots, allocate) for fmt in formats]
+        sizes = dict.fromkeys(kinds, self.capacity)
+        if caching.is_shared:
+            sizes = caching.shares(kinds)
+        banks = {
+            kind: SlotBank(formats[kinds.index(kind)], n_slots, allocate)
+            for kind, n_slots in sizes.items()
+        }
+        return [banks[kind] for kind in kinds]
 
     def _open_files(self, bypass_page_cache: bool) -> None:
         for path in self.files.files:

@@ -24,6 +24,7 @@ from .experts import (
     PACKED_FOLDER,
     ExpertFiles,
     experts_in_place,
+    formats_of_layout,
     packed_experts,
     packed_name,
 )
@@ -138,19 +139,22 @@ def _sizes(experts: ExpertFiles) -> list[tuple]:
 def _checks_of_packed_alone(folder: Path) -> list[_Check]:
     where = folder / LAYOUT_NAME
     layout = read_json(where)
-    keys = ("num_layers", "expert_size", "num_experts")
-    numbers = [layout.get(key) for key in keys]
-    if any(type(number) is not int or number < 1 for number in numbers):
-        raise CheckpointError(f"{where}: {keys} must be positive numbers; pack again")
-    n_layers, *size = numbers
-    for layer in range(n_layers):
-        path = folder / packed_name(layer)
-        if not path.exists() or path.stat().st_size != size[0] * size[1]:
+    kinds, layers = formats_of_layout(layout, where)
+    sizes = [(kind.get("expert_size"), layout.get("num_experts")) for kind in kinds]
+    if any(type(n) is not int or n < 1 for size in sizes for n in size):
+        raise CheckpointError(
+            f"{where}: expert_size and num_experts must be positive numbers; pack again"
+        )
+    checks = []
+    for layer, number in enumerate(layers):
+        path, (n_bytes, n_experts) = folder / packed_name(layer), sizes[number]
+        if not path.exists() or path.stat().st_size != n_bytes * n_experts:
             raise CheckpointError(
-                f"{path}: is missing or has not the {size[0] * size[1]:,} bytes that "
+                f"{path}: is missing or has not the {n_bytes * n_experts:,} bytes that "
                 f"{LAYOUT_NAME} promises; pack again"
             )
-    return [_check_of_layer(folder, i, tuple(size), None) for i in range(n_layers)]
+        checks.append(_check_of_layer(folder, layer, sizes[number], None))
+    return checks
 
 
 def _check_of_layer(

@@ -401,15 +401,21 @@ def test_settings_that_cannot_work_are_refused(tiny, options, words):
         load(tiny, engine="numpy", **options)
 
 
-def test_layers_of_several_sizes_share_no_budget(tiny):
-    import dataclasses
-
-    checkpoint = Checkpoint.open(tiny)
-    files = experts_in_place(checkpoint)
-    first = dataclasses.replace(files.formats[0], parts=files.formats[0].parts[:3])
-    files = dataclasses.replace(files, formats=(first, *files.formats[1:]))
-    with pytest.raises(ConfigError, match="several sizes"):
-        ExpertStore(files, checkpoint.config, caching=Caching(budget=9))
+def test_a_budget_is_shared_out_among_sizes_of_experts():
+    """Seven slots for three layers of one size and one of another, and so on."""
+    kinds = [0, 1, 0, 0]
+    assert Caching(budget=8).shares(kinds) == {0: 6, 1: 2}
+    assert Caching(budget=10).shares(kinds) == {0: 8, 1: 2}
+    assert Caching(budget=11).shares(kinds) == {0: 9, 1: 2}
+    pins = np.zeros((4, 8), bool)
+    pins[1, :3] = pins[2, 5] = True
+    caching = Caching(budget=24, pinned=pins)
+    assert caching.capacity(3, 4, 8, kinds) == 3  # of 6 slots of kind 1
+    caches = caching.make_caches(3, 4, 8, kinds)
+    assert caches[0] is caches[2] is caches[3] is not caches[1]
+    assert list(caches[1].pinned) == [8, 9, 10] and list(caches[0].pinned) == [21]
+    with pytest.raises(ConfigError, match="2 sizes of experts share the budget"):
+        Caching(budget=11).capacity(3, 4, 8, kinds)
 
 
 def test_a_trace_is_a_profile(tiny, tmp_path):

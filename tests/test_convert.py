@@ -9,6 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from comparing import assert_close
 from safetensors.numpy import load_file, save_file
 from tiny import TEXT_CONFIG, write_tiny
 
@@ -18,7 +19,7 @@ from flashmoe_ref.convert import convert, target_name
 from flashmoe_ref.errors import CheckpointError, ConfigError, PackError
 from flashmoe_ref.headers import read_tensor
 from flashmoe_ref.quantize import quantize
-from flashmoe_ref.requantize import plan_requantized, requantize
+from flashmoe_ref.requantize import Widths, plan_requantized, requantize
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -301,16 +302,66 @@ def test_requantized_runs_in_mlx_lm(tmp_path):
 def test_requantize_can_differ_by_layer_and_projection(tmp_path):
     checkpoint = Checkpoint.open(write_tiny(tmp_path / "m", bits=4))
 
-    def width(layer: int, projection: str) -> tuple[int, int]:
-        return (4 if projection == "down_proj" or layer == 1 else 2), 32
-
-    modules, widths = plan_requantized(checkpoint, width, "mlx")
+    widths = Widths(2, 32, down_bits=4, layer_bits={1: 4})
+    modules, widths = plan_requantized(checkpoint, widths.of, "mlx")
     stem = "language_model.model.layers.{}.mlp.switch_mlp.{}"
     assert widths[stem.format(0, "up_proj")] == (2, 32)
     assert widths[stem.format(0, "down_proj")] == (4, 32)
     assert widths[stem.format(1, "up_proj")] == (4, 32)
     n_kept = sum(module.n_bytes for module in modules)
     assert n_kept < checkpoint.n_bytes
+
+
+@pytest.mark.parametrize("rule", ["mlx", "minmax"])
+def test_requantize_everything_but_the_gates_and_then_the_gates(tmp_path, rule):
+    from flashmoe_ref.quantize import requantize as in_memory
+
+    source = write_tiny(tmp_path / "m", bits=4, dense_bits=8, n_shards=2)
+    target = tmp_path / "new"
+    widths = {"dense_bits": 5, "router_bits": 6, "rule": rule}
+    new = Checkpoint.open(requantize(source, target, 4, progress=False, **widths))
+    old = Checkpoint.open(source)
+    assert set(new.tensors) == set(old.tensors)
+    for module, (bits, _) in old.quantization.items():
+        is_gate = module.endswith((".gate", "shared_expert_gate"))
+        wanted_bits = 4 if ".experts." in module else 6 if is_gate else 5
+        assert new.quantization[module][0] == wanted_bits, module
+        wanted, got = old.module(module), new.module(module)
+        if wanted_bits != bits:
+            wanted = in_memory(wanted, wanted_bits, rule=rule)
+        for kind in ("weight", "scales", "biases"):
+            assert getattr(got, kind).tobytes() == getattr(wanted, kind).tobytes()
+
+
+def test_rows_worked_on_apart_change_nothing(tmp_path, monkeypatch):
+    source = write_tiny(tmp_path / "m", bits=4, dense_bits=8)
+    options = {"dense_bits": 3, "progress": False}
+    want = all_tensors(requantize(source, tmp_path / "all", 4, **options))
+    monkeypatch.setattr("flashmoe_ref.convert.BLOCK_BYTES", 1000)
+    got = all_tensors(requantize(source, tmp_path / "some", 4, **options))
+    assert {n: a.tobytes() for n, a in got.items()} == {
+        n: a.tobytes() for n, a in want.items()
+    }
+
+
+def test_mixed_bits_run_in_mlx_lm(tmp_path):
+    pytest.importorskip("mlx_lm")
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    from flashmoe_ref.engine import load
+
+    source = write_tiny(tmp_path / "m", bits=4, dense_bits=8)
+    mixed = {"down_bits": 3, "dense_bits": 4, "router_bits": 4, "layer_bits": {1: 8}}
+    ours = requantize(source, tmp_path / "mixed", 2, progress=False, **mixed)
+    model, _ = load_model(ours)
+    experts = [layer.mlp.switch_mlp for layer in model.language_model.model.layers]
+    assert [e.up_proj.bits for e in experts] == [2, 8, 2, 2]
+    assert [e.down_proj.bits for e in experts] == [3, 8, 3, 3]
+    model.set_dtype(mx.float32)
+    ids = [1, 2, 3, 50, 90]
+    with load(ours, engine="numpy", compiled=False) as whole:
+        assert_close(whole.logits(ids), np.array(model(mx.array([ids]))[0]), "mlx-lm")
 
 
 # ---- refusals ------------------------------------------------------------------------
@@ -331,6 +382,12 @@ def test_refuses_bad_settings(tmp_path):
         lambda t: requantize(mlx, t, 7),
         lambda t: requantize(mlx, t, 2, group_size=0),
         lambda t: requantize(mlx, t, 2, rule="best"),
+        lambda t: requantize(mlx, t, 2, down_bits=7),
+        lambda t: requantize(mlx, t, 2, dense_bits=0),
+        lambda t: requantize(mlx, t, 2, router_bits=16),
+        lambda t: requantize(mlx, t, 2, layer_bits={0: 9}),
+        lambda t: requantize(mlx, t, 2, layer_bits={4: 4}),
+        lambda t: requantize(mlx, t, 4, group_size=128, dense_bits=4),
         lambda t: requantize(mlx, t, 2, group_size=128),
     ]
     for case in cases:
@@ -392,7 +449,14 @@ def test_refuses_to_mix_sources_or_settings(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"bits": 3}, {"group_size": 64}, {"rule": "minmax"}, {"shard_bytes": 10_000}],
+    [
+        {"bits": 3},
+        {"group_size": 64},
+        {"rule": "minmax"},
+        {"shard_bytes": 10_000},
+        {"down_bits": 3},
+        {"layer_bits": {0: 4}},
+    ],
 )
 def test_requantize_refuses_to_mix_settings(tmp_path, change):
     source = write_tiny(tmp_path / "m")

@@ -16,7 +16,7 @@ from flashmoe_ref.checkpoint import Checkpoint
 from flashmoe_ref.config import preset
 from flashmoe_ref.convert import convert
 from flashmoe_ref.errors import CheckpointError, PackError
-from flashmoe_ref.experts import packed_experts
+from flashmoe_ref.experts import experts_in_place, packed_experts
 from flashmoe_ref.pack import pack
 from flashmoe_ref.requantize import requantize
 from flashmoe_ref.verify import Verified, verify
@@ -150,22 +150,67 @@ def test_refuses_a_foreign_folder_and_a_full_disk(tmp_path, monkeypatch):
     assert not (model / "packed_experts").exists()
 
 
-def test_refuses_layers_of_different_formats(tmp_path):
-    """flash-moe's layout.json knows one size of expert."""
+def test_packs_layers_of_different_formats(tmp_path):
+    """Each layer's file has records of its own size; flash-moe's layout has one."""
     model = write_tiny(tmp_path / "m", bits=4)
-    other = write_tiny(tmp_path / "n", bits=2)
-    mixed = tensor_bytes(model)
-    stem = "language_model.model.layers.2.mlp.switch_mlp."
-    mixed |= {n: t for n, t in tensor_bytes(other).items() if n.startswith(stem)}
-    header, data = {}, b""
-    for name, (content, entry) in mixed.items():
-        entry["data_offsets"] = [len(data), len(data) + len(content)]
-        header[name], data = entry, data + content
-    text = json.dumps(header).encode()
-    blob = struct.pack("<Q", len(text)) + text + data
-    (model / "model.safetensors").write_bytes(blob)
-    with pytest.raises(PackError, match="layer 2 have another format"):
-        pack(model, progress=False)
+    mixed = tmp_path / "mixed"
+    requantize(model, mixed, 2, down_bits=3, layer_bits={2: 4}, progress=False)
+    folder = pack(mixed, progress=False)
+    layout = json.loads((folder / "layout.json").read_text())
+    assert not {"expert_size", "components"} & set(layout)
+    assert layout["layers"] == [0, 0, 1, 0]
+    assert [kind["bits"] for kind in layout["formats"]] == [[2, 2, 3], 4]
+    assert [kind["group_size"] for kind in layout["formats"]] == [32, 32]
+    sizes = [kind["expert_size"] for kind in layout["formats"]]
+    weights, groups = 64 * 64, 64 * 64 // 32 * 2 * 2  # scales and biases in bf16
+    assert sizes == [7 * weights // 8 + 3 * groups, 12 * weights // 8 + 3 * groups]
+    checkpoint = Checkpoint.open(mixed)
+    packed = packed_experts(folder, checkpoint.config)
+    assert packed.formats == experts_in_place(checkpoint).formats
+    for layer, number in enumerate(layout["layers"]):
+        path = folder / f"layer_{layer:02d}.bin"
+        assert path.stat().st_size == N_EXPERTS * sizes[number]
+    assert verify(mixed, progress=False).n_unchecked == 0
+    flip(folder / "layer_02.bin", 5 * sizes[1] + 7)
+    for target in (mixed, folder):
+        with pytest.raises(PackError, match="layer 2, expert 5 "):
+            verify(target, progress=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": [0, 0, 1]},
+        {"layers": [0, 0, 2, 0]},
+        {"layers": [0, 0, "1", 0]},
+        {"layers": None},
+        {"formats": {}},
+        {"formats": [1, 2]},
+        {"num_layers": 3},
+        {"num_layers": "4"},
+    ],
+)
+def test_a_damaged_layout_by_layers_is_one_clear_error(mixed_packed, change):
+    folder, config, layout = mixed_packed
+    (folder / "layout.json").write_text(json.dumps(layout | change))
+    for check in (
+        lambda: packed_experts(folder, config),
+        lambda: verify(folder, progress=False),
+    ):
+        with pytest.raises(CheckpointError, match=r"layout\.json") as error:
+            check()
+        assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def mixed_packed(tmp_path_factory):
+    """Packed experts of two sizes: their folder, the model's config, the layout."""
+    root = tmp_path_factory.mktemp("mixed")
+    model = write_tiny(root / "m", bits=4)
+    requantize(model, root / "mixed", 4, layer_bits={2: 2}, progress=False)
+    folder = pack(root / "mixed", progress=False)
+    layout = json.loads((folder / "layout.json").read_text())
+    return folder, Checkpoint.open(model).config, layout
 
 
 def test_progress_bar_is_off_in_automated_runs(tmp_path, monkeypatch, capfd):

@@ -14,8 +14,10 @@ from flashmoe_ref.checkpoint import Checkpoint
 from flashmoe_ref.engine import load
 from flashmoe_ref.errors import ConfigError, ReadError
 from flashmoe_ref.experts import experts_in_place
+from flashmoe_ref.pack import pack
 from flashmoe_ref.policies import LruSlots
 from flashmoe_ref.reading import read_exactly
+from flashmoe_ref.requantize import requantize
 from flashmoe_ref.streaming import ExpertStore
 
 N_EXPERTS, K = 8, 3
@@ -24,8 +26,6 @@ N_EXPERTS, K = 8, 3
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A small checkpoint with packed experts beside its own."""
-    from flashmoe_ref.pack import pack
-
     folder = write_tiny(tmp_path_factory.mktemp("m"), n_shards=2)
     pack(folder, progress=False)
     return folder
@@ -66,6 +66,38 @@ def test_streamed_equals_resident_to_the_bit(
         np.testing.assert_array_equal(run(streamed, prompt, 6, chunk), expected)
         if slots is not None and slots < N_EXPERTS and len(prompt) > 20:
             assert streamed.store.counters.misses > slots  # eviction did happen
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny, tmp_path_factory):
+    """Layer 1 with 4 bits, the others with 2 and a down projection of 3."""
+    folder = tmp_path_factory.mktemp("mixed") / "m"
+    requantize(tiny, folder, 2, down_bits=3, layer_bits={1: 4}, progress=False)
+    pack(folder, progress=False)
+    return folder
+
+
+@pytest.mark.parametrize("source", ["stream", "packed"])
+@pytest.mark.parametrize(
+    "caching",
+    [{}, {"slots": 4}, {"budget": 12}, {"budget": 16, "prefetch": "look-ahead:1"}],
+)
+def test_layers_of_several_formats_stream_to_the_bit(engine, mixed, source, caching):
+    prompt = np.random.default_rng(3).integers(0, 96, 30).tolist()
+    with (
+        load(mixed, experts="resident", **engine) as whole,
+        load(mixed, experts=source, **caching, **engine) as streamed,
+    ):
+        streamed.store.inline_bytes = 0
+        expected = run(whole, prompt, 8, 17)
+        np.testing.assert_array_equal(run(streamed, prompt, 8, 17), expected)
+        report = streamed.report()
+        assert report.mode["bits"] == [2, 3, 4]
+        sizes = [fmt.n_bytes for fmt in streamed.store.files.formats]
+        assert sizes[0] == sizes[2] == sizes[3] < sizes[1]
+        assert min(sizes) < report.bytes_read / (report.misses + report.prefetched)
+        slots = caching.get("slots", 0) * 4 or caching.get("budget") or 2 * K
+        assert streamed.store.n_bytes < slots * max(sizes)
 
 
 def test_packed_needs_one_read_an_expert_and_in_place_nine(tiny):
