@@ -199,6 +199,13 @@ def run_probe(args: Namespace) -> None:
     run(args, say)
 
 
+def run_evaluate(args: Namespace) -> None:
+    """Measure what fewer experts or bits cost."""
+    from .cli_evaluate import run
+
+    run(args, _model_folder(args), say, note)
+
+
 COMMANDS = {
     "generate": run_generate,
     "chat": run_chat,
@@ -209,6 +216,7 @@ COMMANDS = {
     "verify": run_verify,
     "trace": run_trace,
     "probe": run_probe,
+    "evaluate": run_evaluate,
 }
 
 
