@@ -3,7 +3,8 @@
 The answer is read beside the value that was wanted. Where the format leaves a choice
 (order of keys, white space, escapes, 1.50 for 1.5) the answer's own choice is followed.
 With what `Wrong` says, `answer[: position] + expected` is a right answer.
-**But:** JSON and Qwen3.5's XML tool calls only. *Taught in notebooks/10.*
+**But:** JSON and Qwen3.5's XML tool calls only; no value may hold </think>.
+*Taught in notebooks/10.*
 """
 
 import json
@@ -11,6 +12,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
+from .chat_template import THINK_END
 from .toolcalls import CALL, format_tool_call
 
 _GAP = re.compile(r"\s*")
@@ -21,7 +23,6 @@ _CHARACTER = re.compile(  # of a JSON string, perhaps written as an escape
     r'|\\u[0-9a-fA-F]{4}|\\["\\/bfnrt]|[^"\\\x00-\x1f]'
 )
 _FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n")
-THINK_END = "</think>"
 
 
 class Wrong(Exception):
@@ -34,7 +35,7 @@ class Wrong(Exception):
 
 
 def answer_start(text: str) -> int:
-    """Where the answer begins: after the thinking, if there is any."""
+    """Where the answer begins: after the last </think>, if there is any."""
     found = text.rfind(THINK_END)
     return 0 if found < 0 else found + len(THINK_END)
 

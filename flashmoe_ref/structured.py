@@ -169,7 +169,8 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p, spread = successes / n, z * z / n
     middle = (p + spread / 2) / (1 + spread)
     half = z * math.sqrt(p * (1 - p) / n + spread / n / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = min(p, middle - half), max(p, middle + half)  # against rounding
+    return max(0.0, low), min(1.0, high)
 
 
 def _score(kind: str, passed: int, reason: str, wrong: Wrong | None) -> Score:

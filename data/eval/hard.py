@@ -69,68 +69,60 @@ def tool_prompt(tools: list[dict], text: str, *calls: tuple[str, dict]) -> dict:
 # -- nested objects -------------------------------------------------------------------
 def nested(rng: random.Random) -> dict:
     """Objects in lists in objects, as JSON."""
+    name, other = rng.sample(PEOPLE, 2)
+    city, goal = rng.sample(PLACES, 2)
     if rng.random() < 0.5:
-        rooms = [
-            {"name": name, "windows": rng.randint(0, 6)}
-            for name in rng.sample(["kitchen", "hall", "attic", "cellar", "study"], 3)
+        items = [
+            {"item": item, "price": rng.randint(100, 9999) / 100}
+            for item in rng.sample(THINGS, rng.randint(2, 3))
         ]
-        street, number = rng.choice(STREETS), rng.randint(1, 250)
-        owner, city = rng.choice(PEOPLE), rng.choice(PLACES)
-        said = "; ".join(f"{r['name']}, {r['windows']} windows" for r in rooms)
-        address = {"street": street, "number": number, "city": city}
+        street = rng.choice(STREETS)
+        said = ", ".join(f"{part['item']} for {part['price']}" for part in items)
+        owner = {"name": name, "address": {"city": city, "street": street}}
         return json_prompt(
             record(
-                owner=TEXT,
-                address=record(street=TEXT, number=WHOLE, city=TEXT),
-                rooms=rows(name=TEXT, windows=WHOLE),
+                owner=record(name=TEXT, address=record(city=TEXT, street=TEXT)),
+                items=rows(item=TEXT, price=REAL),
             ),
-            f"The house of {owner} stands in {city}, {street}, number {number}. "
-            f"Its rooms in order: {said}.",
-            {"owner": owner, "address": address, "rooms": rooms},
+            f"The shop of {name}, {street} in {city}, sells in this order: {said}.",
+            {"owner": owner, "items": items},
         )
-    leader, guide, cook = rng.sample(PEOPLE, 3)
-    peak, camp = rng.sample(PLACES, 2)
-    height, days = rng.randint(900, 6900), rng.randint(2, 30)
-    team = {"leader": leader, "staff": {"guide": guide, "cook": cook}}
+    row, hour = rng.randint(1, 60), rng.randint(0, 23)
     return json_prompt(
         record(
-            team=record(leader=TEXT, staff=record(guide=TEXT, cook=TEXT)),
-            goal=record(name=TEXT, metres=WHOLE, camp=record(name=TEXT, days=WHOLE)),
+            passengers=record(driver=TEXT, guest=record(name=TEXT, row=WHOLE)),
+            trip=record(start=record(city=TEXT, hour=WHOLE), end=TEXT),
         ),
-        f"{leader} leads the climb; {guide} is the guide and {cook} the cook. They go "
-        f"up Mount {peak}, {height} metres (write only {peak}). The camp, {camp}, "
-        f"stays for {days} days.",
+        f"{name} drives. The guest is {other}, in row {row}. It starts in {city} at "
+        f"hour {hour} and ends in {goal}.",
         {
-            "team": team,
-            "goal": {
-                "name": peak,
-                "metres": height,
-                "camp": {"name": camp, "days": days},
-            },
+            "passengers": {"driver": name, "guest": {"name": other, "row": row}},
+            "trip": {"start": {"city": city, "hour": hour}, "end": goal},
         },
     )
 
 
 def nested_call(rng: random.Random) -> dict:
     """One call whose arguments are objects and lists of objects."""
-    order = tool(
-        "place_order",
-        "Order goods",
-        customer=record(name=TEXT, address=record(city=TEXT, street=TEXT)),
-        lines=rows(item=TEXT, count=WHOLE),
-        gift=YES_NO,
+    items = [
+        {"item": item, "count": rng.randint(1, 20)}
+        for item in rng.sample(THINGS, rng.randint(2, 3))
+    ]
+    shop = {"name": rng.choice(PEOPLE), "city": rng.choice(PLACES)}
+    urgent = rng.random() < 0.5
+    buy = tool(
+        "buy_list",
+        "Add to the shopping list",
+        items=rows(item=TEXT, count=WHOLE),
+        shop=record(name=TEXT, city=TEXT),
+        urgent=YES_NO,
     )
-    name, city, street = rng.choice(PEOPLE), rng.choice(PLACES), rng.choice(STREETS)
-    items = rng.sample(THINGS, rng.randint(2, 3))
-    lines = [{"item": item, "count": rng.randint(1, 20)} for item in items]
-    gift = rng.random() < 0.5
-    said = ", ".join(f"{line['count']} x {line['item']}" for line in lines)
-    customer = {"name": name, "address": {"city": city, "street": street}}
+    said = ", ".join(f"{part['count']} of {part['item']}" for part in items)
     return tool_prompt(
-        [order],
-        f"Place an order for {name}, {street}, {city}: {said}. "
-        f"It is {'' if gift else 'not '}a gift.",
-        ("place_order", {"customer": customer, "lines": lines, "gift": gift}),
+        [buy],
+        f"Add to the list {said}. The shop is that of {shop['name']} in "
+        f"{shop['city']}. It is {'' if urgent else 'not '}urgent.",
+        ("buy_list", {"items": items, "shop": shop, "urgent": urgent}),
     )
 
 
@@ -152,13 +144,13 @@ QUOTED = [
 
 def quotes(rng: random.Random) -> dict:
     """Quotation marks and JSON inside JSON strings."""
-    first, second = rng.sample(QUOTED, 2)
+    title, text = rng.sample(QUOTED, 2)
     author = rng.choice(PEOPLE)
     return json_prompt(
-        record(author=TEXT, first_note=TEXT, second_note=TEXT),
-        f"Two notes by {author}, one a line, to be copied to the letter.\n"
-        f"{first}\n{second}",
-        {"author": author, "first_note": first, "second_note": second},
+        record(author=TEXT, title=TEXT, text=TEXT),
+        f"The author is {author}. Title and text, a line each, word for word:\n"
+        f"{title}\n{text}",
+        {"author": author, "title": title, "text": text},
     )
 
 
@@ -181,10 +173,10 @@ def escapes(rng: random.Random) -> dict:
     """Backslashes, tabs and line ends, which JSON must write as escapes."""
     path, pattern, block = rng.choice(PATHS), rng.choice(PATTERNS), rng.choice(BLOCKS)
     return json_prompt(
-        record(path=TEXT, pattern=TEXT, block=TEXT),
-        f"Copy exactly.\nPath: {path}\nPattern: {pattern}\n"
-        f"Block, all that stands between the lines of dashes:\n---\n{block}\n---",
-        {"path": path, "pattern": pattern, "block": block},
+        record(file=TEXT, code=TEXT, text=TEXT),
+        f"The file is {path}\nThe code is {pattern}\n"
+        f"The text is all that stands between the lines of dashes:\n---\n{block}\n---",
+        {"file": path, "code": pattern, "text": block},
     )
 
 
@@ -212,93 +204,85 @@ def unicode(rng: random.Random) -> dict:
     first, second = rng.sample(SCRIPTS, 2)
     if rng.random() < 0.5:
         return json_prompt(
-            record(left=TEXT, right=TEXT),
-            f"The left label reads: {first}\nThe right label reads: {second}",
-            {"left": first, "right": second},
+            record(name=TEXT, city=TEXT),
+            f"The name is: {first}\nThe city is: {second}",
+            {"name": first, "city": second},
         )
-    label = tool("print_label", "Print a label", top=TEXT, bottom=TEXT, copies=WHOLE)
-    copies = rng.randint(1, 40)
+    send = tool("send_message", "Send a message to a person", to=TEXT, text=TEXT)
     return tool_prompt(
-        [label],
-        f"Print {copies} copies of a label.\nTop: {first}\nBottom: {second}",
-        ("print_label", {"top": first, "bottom": second, "copies": copies}),
+        [send],
+        f"Send a message.\nTo: {first}\nText: {second}",
+        ("send_message", {"to": first, "text": second}),
     )
 
 
 def numbers(rng: random.Random) -> dict:
     """Negative, tiny, huge and many-digit numbers, to be kept exactly."""
     wanted = {
-        "cold": round(-rng.uniform(0.1, 273), rng.randint(1, 3)),
-        "tiny": float(f"{rng.randint(11, 99) / 10}e-{rng.randint(5, 30)}"),
-        "huge": float(f"{rng.randint(101, 999) / 100}e{rng.randint(17, 40)}"),
+        "score": round(-rng.uniform(0.1, 273), rng.randint(1, 3)),
+        "weight": float(f"{rng.randint(11, 99) / 10}e-{rng.randint(5, 30)}"),
+        "price": float(f"{rng.randint(101, 999) / 100}e{rng.randint(17, 40)}"),
         "count": rng.randint(2**53, 2**63),
-        "precise": round(rng.random(), 12),
-        "debt": -rng.randint(1_000, 9_999_999),
+        "size": round(rng.random(), 12),
+        "total": -rng.randint(1_000, 9_999_999),
     }
     said = "; ".join(f"{key} is {number}" for key, number in wanted.items())
-    schema = record(cold=REAL, tiny=REAL, huge=REAL, count=WHOLE, precise=REAL)
-    schema["properties"]["debt"] = WHOLE
-    schema["required"].append("debt")
+    schema = record(score=REAL, weight=REAL, price=REAL, count=WHOLE, size=REAL)
+    schema["properties"]["total"] = WHOLE
+    schema["required"].append("total")
     return json_prompt(schema, f"Keep every digit: {said}.", wanted)
 
 
 # -- several calls --------------------------------------------------------------------
 HOUSE = [
-    tool("set_lamp", "Switch a lamp", room=TEXT, on=YES_NO),
-    tool("set_heat", "Set a room's temperature", room=TEXT, degrees=REAL),
-    tool("play", "Play music", title=TEXT, rooms=TEXTS),
+    tool("light", "Switch the lights", room=TEXT, on=YES_NO),
+    tool("set_timer", "Start a timer", minutes=WHOLE, label=TEXT),
+    tool("play_song", "Play a piece of music", song=TEXT, volume=WHOLE),
 ]
 
 
 def several(rng: random.Random) -> dict:
-    """Three to five calls in one answer, some of the same tool."""
+    """Four to six calls in one answer, some of the same tool."""
     calls, said = [], []
-    for _ in range(rng.randint(3, 5)):
-        room, other = rng.sample(["kitchen", "hall", "attic", "study", "bath"], 2)
-        kind = rng.choice(["lamp", "heat", "play"])
-        if kind == "lamp":
+    for _ in range(rng.randint(4, 6)):
+        kind, number = rng.choice(["light", "timer", "song"]), rng.randint(1, 90)
+        if kind == "light":
+            room = rng.choice(["kitchen", "hall", "attic", "study", "bath"])
             on = rng.random() < 0.5
-            calls.append(("set_lamp", {"room": room, "on": on}))
-            said.append(f"switch the lamp in the {room} {'on' if on else 'off'}")
-        elif kind == "heat":
-            degrees = rng.randint(30, 52) / 2
-            calls.append(("set_heat", {"room": room, "degrees": degrees}))
-            said.append(f"heat the {room} to {degrees} degrees")
+            calls.append(("light", {"room": room, "on": on}))
+            said.append(f"Turn the {room} light {'on' if on else 'off'}.")
+        elif kind == "timer":
+            label = rng.choice(THINGS)
+            calls.append(("set_timer", {"minutes": number, "label": label}))
+            said.append(f"Start a timer of {number} minutes for the {label}.")
         else:
-            title = f"{rng.choice(PLACES)} Waltz"
-            calls.append(("play", {"title": title, "rooms": [room, other]}))
-            said.append(f"play {title} in the {room} and the {other}")
-    text = "Make one call for each of these, in this order: " + "; ".join(said) + "."
-    return tool_prompt(rng.sample(HOUSE, 3), text, *calls)
+            song = f"The {rng.choice(PLACES)} Waltz"
+            calls.append(("play_song", {"song": song, "volume": number}))
+            said.append(f"Play {song} at volume {number}.")
+    return tool_prompt(rng.sample(HOUSE, 3), " And then: ".join(said), *calls)
 
 
 # -- traps of type and name -----------------------------------------------------------
 def empty(rng: random.Random) -> dict:
     """Empty lists, strings and objects, and null, in JSON or in a call."""
-    who, label = rng.choice(PEOPLE), rng.choice(THINGS)
+    who, thing = rng.choice(PEOPLE), rng.choice(THINGS)
     if rng.random() < 0.5:
-        schema = record(
-            owner=TEXT,
-            nickname=TEXT,
-            children=TEXTS,
-            options={"type": "object"},
-            phone={"type": ["string", "null"]},
-            pets=WHOLE,
-        )
-        wanted = {"owner": who, "nickname": "", "children": [], "options": {}}
+        maybe = {"type": ["string", "null"]}
+        inside = {"type": "object"}
         return json_prompt(
-            schema,
-            f"{who} has no children and 0 pets. The nickname is an empty string, the "
-            f"options are an empty object, and the phone is null.",
-            wanted | {"phone": None, "pets": 0},
+            record(owner=TEXT, text=TEXT, tags=TEXTS, contents=inside, phone=maybe),
+            f"The owner is {who}. The text is an empty string and the tags are an "
+            "empty list. The contents are an empty object. The phone is null.",
+            {"owner": who, "text": "", "tags": [], "contents": {}, "phone": None},
         )
-    save = tool("save_item", "Save an item", name=TEXT, note=TEXT, tags=TEXTS)
+    plan = tool("add_event", "Plan", title=TEXT, time=TEXT, guests=TEXTS)
     texts = [
-        f"Save the item {label} with an empty note and an empty list of tags.",
-        f"Save an item: name {label}, note an empty string, no tags at all.",
+        f"Plan the event {thing}. The time is an empty string, the guests an empty "
+        "list.",
+        f"Make an event {thing}, with no guests, and with an empty text as its time.",
     ]
-    arguments = {"name": label, "note": "", "tags": []}
-    return tool_prompt([save], rng.choice(texts), ("save_item", arguments))
+    arguments = {"title": thing, "time": "", "guests": []}
+    return tool_prompt([plan], rng.choice(texts), ("add_event", arguments))
 
 
 LOOKALIKES = (
@@ -309,21 +293,19 @@ LOOKALIKES = (
 def typed(rng: random.Random) -> dict:
     """Text that looks like a boolean or a number beside real ones."""
     word, code = rng.sample(LOOKALIKES, 2)
-    flag, count = rng.random() < 0.5, rng.randint(0, 99)
-    answer = "yes" if flag else "no"
+    flag, line = rng.random() < 0.5, rng.randint(1, 99)
     if rng.random() < 0.5:
         return json_prompt(
-            record(word=TEXT, code=TEXT, active=YES_NO, count=WHOLE),
-            f'The word is the text "{word}" and the code is the text "{code}". '
-            f"Is it active? {answer.capitalize()}. The count is {count}.",
-            {"word": word, "code": code, "active": flag, "count": count},
+            record(name=TEXT, code=TEXT, solved=YES_NO, line=WHOLE),
+            f"The name is {word}. The code is {code}. "
+            f"It is {'' if flag else 'not '}solved. See line {line}.",
+            {"name": word, "code": code, "solved": flag, "line": line},
         )
-    fill = tool("fill_in", "Fill in a form", answer=TEXT, agreed=YES_NO, pin=TEXT)
+    show = tool("open_file", "Open a file", file=TEXT, code=TEXT, line=WHOLE)
     return tool_prompt(
-        [fill],
-        f"Fill in the form. The answer is the word {word}. Agreed: {answer}. "
-        f"The pin is the text {code}.",
-        ("fill_in", {"answer": word, "agreed": flag, "pin": code}),
+        [show],
+        f"Open the file {word}. The code is {code}. Begin at line {line}.",
+        ("open_file", {"file": word, "code": code, "line": line}),
     )
 
 
@@ -334,15 +316,15 @@ def case(rng: random.Random) -> dict:
     if rng.random() < 0.5:
         return json_prompt(
             record(name=TEXT, Name=TEXT, NAME=TEXT, id=WHOLE, ID=WHOLE),
-            f"Key name holds {a}, key Name holds {b}, key NAME holds {c}, "
-            f"key id holds {x}, key ID holds {y}.",
+            f"The name is {a}, the Name is {b}, the NAME is {c}, the id is {x} and "
+            f"the ID is {y}.",
             {"name": a, "Name": b, "NAME": c, "id": x, "ID": y},
         )
-    link = tool("link", "Link two people", a=TEXT, A=TEXT, weight=WHOLE, Weight=WHOLE)
+    table = tool("book_table", "Reserve", name=TEXT, Name=TEXT, people=WHOLE)
     return tool_prompt(
-        [link],
-        f"Link with a = {a}, A = {b}, weight = {x} and Weight = {y}.",
-        ("link", {"a": a, "A": b, "weight": x, "Weight": y}),
+        [table],
+        f"Book a table for {x} people. The name is {a} and the Name is {b}.",
+        ("book_table", {"name": a, "Name": b, "people": x}),
     )
 
 
@@ -362,14 +344,33 @@ SNIPPETS = [
 
 def markup(rng: random.Random) -> dict:
     """Markup and code inside the arguments of a call, which has no escapes."""
-    write = tool("write_file", "Write a file", path=TEXT, content=TEXT, append=YES_NO)
-    content, append = rng.choice(SNIPPETS), rng.random() < 0.5
-    path = f"{rng.choice(THINGS)}/{rng.choice(THINGS)}.txt"
+    send = tool("send_message", "Send", to=TEXT, text=TEXT, urgent=YES_NO)
+    text, urgent = rng.choice(SNIPPETS), rng.random() < 0.5
+    person = rng.choice(PEOPLE)
     return tool_prompt(
-        [write],
-        f"{'Append' if append else 'Write, without appending,'} to {path} exactly "
-        f"what stands between the lines of dashes:\n---\n{content}\n---",
-        ("write_file", {"path": path, "content": content, "append": append}),
+        [send],
+        f"It is {'' if urgent else 'not '}urgent. Send {person} this message, all that "
+        f"stands between the lines of dashes:\n---\n{text}\n---",
+        ("send_message", {"to": person, "text": text, "urgent": urgent}),
+    )
+
+
+KEYS = "tariff_zone firstNote x-origin retry_after Gauge spindle_rpm batchNo".split()
+
+
+def names(rng: random.Random) -> dict:
+    """Tools and keys named as nothing in training was; plain values."""
+    first, second, third = rng.sample(KEYS, 3)
+    word, person, number = rng.choice(THINGS), rng.choice(PEOPLE), rng.randint(1, 999)
+    text = f"The {first} is {word}, the {second} is {person}, the {third} is {number}."
+    wanted = {first: word, second: person, third: number}
+    properties = {first: TEXT, second: TEXT, third: WHOLE}
+    if rng.random() < 0.5:
+        return json_prompt(record(**properties), text, wanted)
+    name = rng.choice(["calibrate_sensor", "post_entry", "grantAccess", "seal-crate"])
+    about = rng.choice(["Calibrate", "Post an entry", "Grant access", "Seal a crate"])
+    return tool_prompt(
+        [tool(name, about, **properties)], f"Call {name}. {text}", (name, wanted)
     )
 
 
@@ -387,5 +388,6 @@ TOPICS = {
         typed,
         case,
         markup,
+        names,
     )
 }
