@@ -240,6 +240,33 @@ def _bits_of_row() -> Cases:
     return [((500, 3.5e9), 4), ((2500, 9.8e9), 2), ((2581, 18e9), 4)]
 
 
+def _count_reads() -> Cases:
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(8, 3, replace=False).tolist() for _ in range(20)]
+    cases = []
+    for requests, n_slots in (
+        ([[0, 1], [2], [0, 3]], 3),
+        ([[0, 1], [2, 3], [3, 0]], 2),
+        ([[0, 1, 2], [3, 0], [1, 2]], 3),  # 0 is needed, though used longest ago
+        (drawn, 5),
+    ):
+        slots = LruSlots(n_slots)
+        n_reads = sum(len(slots.assign(experts)[1]) for experts in requests)
+        cases.append(((requests, n_slots), n_reads))
+    return cases
+
+
+def _count_spoiled() -> Cases:
+    right = [("read", 0, 7), ("read", 1, 9), ("compute", 1, 9), ("compute", 0, 7)]
+    late = [("read", 0, 7), ("read", 0, 5), ("compute", 0, 7), ("compute", 0, 5)]
+    return [
+        ((right,), 0),
+        ((late,), 1),
+        ((right + late,), 1),
+        (([("compute", 3, 1), *late, ("compute", 1, 5)],), 3),  # nothing was read
+    ]
+
+
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
@@ -259,4 +286,6 @@ CASES = {
     "8.2": _bits_of_row,
     "9.1": _recall_and_waste,
     "9.2": _it_pays,
+    "7.1": _count_reads,
+    "7.2": _count_spoiled,
 }
