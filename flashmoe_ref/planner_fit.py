@@ -1,0 +1,269 @@
+"""The fit of the cost model to published runs, and its errors on sources it never saw.
+
+`data/published.csv` has a row for each run that somebody published. The fit minimises
+absolute errors of the logarithm, so that one strange row pulls no more than any other,
+each source counting with the root of its rows; a weak prior keeps coefficients within
+what is physically likely. **But:** the form of the model was chosen with all sources in
+view; only the coefficients are held out. *Taught in notebooks/12.*
+"""
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from .config import PRESETS
+from .errors import ConfigError
+from .machines import CHIPS, MEMORY_GB
+from .planner import (
+    Coefficients,
+    Run,
+    Sizes,
+    hit_rate,
+    sizes_of_preset,
+    tokens_per_second,
+)
+
+DATA = Path(__file__).parents[1] / "data"  # only in a clone
+USED = "yes"
+GROUP_BYTES = 1 / 16  # for each weight: a 16-bit scale and bias for 64 of them
+STATE_GB = 0.2  # recurrent state and short contexts, where nobody said more
+
+# What is likely before any run was seen; a factor WIDTH is one unit of surprise.
+NAMES = ("gpu_share", "cpu_share", "sync_s", "disk_share", "copy_share")
+LIKELY = np.log([0.4, 0.2, 0.7e-3, 0.6, 0.05])
+WIDTH = np.log([2.5, 2.5, 2.5, 2.0, 2.5])
+MOST = np.log([1.0, 1.0, 5e-3, 1.0, 1.0])
+PRIOR = 0.003  # its weight: a hint, not a rule
+
+
+@dataclass(frozen=True)
+class Published:
+    """The runs that can be compared with the model, as arrays (N,)."""
+
+    rows: list[dict[str, str]]
+    run: Run
+    tok_s: np.ndarray
+    sources: np.ndarray
+    classes: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> "Published":
+        """Some of them, by a mask."""
+        parts = (np.asarray(getattr(self.run, f.name)) for f in fields(Run))
+        n = len(self.rows)
+        run = Run(*(np.broadcast_to(part, n)[chosen] for part in parts))
+        rows = [row for row, keep in zip(self.rows, chosen, strict=True) if keep]
+        arrays = (self.tok_s, self.sources, self.classes)
+        return Published(rows, run, *(array[chosen] for array in arrays))
+
+
+def read_rows(name: str, folder: Path = DATA) -> list[dict[str, str]]:
+    """Rows of a table in data/. Raises: ConfigError where there is no clone."""
+    path = folder / name
+    if not path.exists():
+        raise ConfigError(
+            f"{path}: no such file; the published runs are in a clone of the repository"
+        )
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_published(folder: Path = DATA) -> Published:
+    """All rows of published.csv that are marked for use."""
+    rows = [row for row in read_rows("published.csv", folder) if row["use"] == USED]
+    runs = [run_of_row(row, folder) for row in rows]
+    columns = [np.array([getattr(r, f.name) for r in runs]) for f in fields(Run)]
+    return Published(
+        rows,
+        Run(*columns),
+        np.array([speed_of_row(row) for row in rows]),
+        np.array([row["source"] for row in rows]),
+        np.array([row["class"] for row in rows]),
+    )
+
+
+def speed_of_row(row: dict[str, str]) -> float:
+    """Tokens a second; the geometric mean where a range was published."""
+    low = float(row["tok_s"])
+    return (low * float(row["tok_s_to"] or low)) ** 0.5
+
+
+def run_of_row(row: dict[str, str], folder: Path = DATA) -> Run:
+    """A published run as input of the cost model."""
+    sizes = sizes_of_row(row, folder)
+    chip = CHIPS.get(row["chip"])
+    disk, measured = row["disk_gb_s"], row["disk_how"] == "measured"
+    if not disk:
+        disk, measured = chip.disk_gb_s, chip.is_measured
+    return Run(
+        n_layers=sizes.n_layers,
+        picked_gb=sizes.bytes_per_token / 1e9,
+        routed_gb=sizes.routed_bytes / 1e9,
+        read_gb=sizes.read_bytes / 1e9,
+        resident_gb=sizes.dense_bytes / 1e9 + STATE_GB,
+        memory_gb=float(row["memory_gb"]) * MEMORY_GB,
+        memory_gb_s=float(row["memory_gb_s"] or chip.memory_gb_s),
+        core_speed=chip.core_speed if chip else CHIPS["pc"].core_speed,
+        disk_gb_s=float(disk),
+        disk_is_measured=measured,
+        on_gpu=row["processor"] == "gpu",
+        slots_gb=np.inf if row["slots_gb"] == "max" else float(row["slots_gb"] or 0),
+        page_cache=row["page_cache"] == "yes",
+    )
+
+
+def sizes_of_row(row: dict[str, str], folder: Path = DATA) -> Sizes:
+    """The model of a published run; expert_mb overrules what its bits would give."""
+    k, bits = int(row["k"]), int(row["bits"])
+    sizes = sizes_of_published(row["model"], k, bits, folder)
+    if not row["expert_mb"]:
+        return sizes
+    return Sizes(**vars(sizes) | {"expert_bytes": float(row["expert_mb"]) * 1e6})
+
+
+def sizes_of_published(
+    name: str, k: int | None = None, bits: int = 4, folder: Path = DATA
+) -> Sizes:
+    """Sizes of a preset, or of another published model, in MLX's affine format."""
+    if name in PRESETS:
+        return sizes_of_preset(name, k, bits)
+    return _other_models(folder)(name, k, bits)
+
+
+@cache
+def _other_models(folder: Path) -> Callable[..., Sizes]:
+    table = {row["model"]: row for row in read_rows("published_models.csv", folder)}
+
+    def sizes(name: str, k: int | None, bits: int) -> Sizes:
+        if name not in table:
+            raise ConfigError(f"{name!r} is not in data/published_models.csv")
+        row = {key: value for key, value in table[name].items() if key != "source"}
+        number = {key: float(value) for key, value in row.items() if key != "model"}
+        dense = max(bits, 4) / 8 + GROUP_BYTES
+        return Sizes(
+            name=name,
+            n_layers=int(number["moe_layers"]),
+            n_experts=int(number["experts"]),
+            k=k or int(number["k"]),
+            trained_k=int(number["k"]),
+            expert_bytes=number["expert_params"] * (bits / 8 + GROUP_BYTES),
+            dense_bytes=number["dense_params"] * dense,
+            read_bytes=(number["dense_params"] - number["embed_params"]) * dense,
+        )
+
+    return sizes
+
+
+# --- fitting --------------------------------------------------------------------------
+
+
+def fit_hits(folder: Path = DATA, without: str | None = None) -> float:
+    """The bend of the hit curve, from published curves: hit_scale."""
+    rows = [
+        r for r in read_rows("published_hits.csv", folder) if r["source"] != without
+    ]
+    fraction, hits = (
+        np.array([float(r[key]) for r in rows]) for key in ("fraction", "hit_rate")
+    )
+    k = np.array([_working_set(row, folder) for row in rows])
+    weights = _weights([row["source"] + row["model"] for row in rows])
+    scales = np.geomspace(5e-4, 0.1, 200)
+    errors = [weights @ abs(hit_rate(fraction, k, s) - hits) for s in scales]
+    return float(scales[int(np.argmin(errors))])
+
+
+def _working_set(row: dict[str, str], folder: Path) -> float:
+    sizes = sizes_of_published(row["model"], int(row["k"]), folder=folder)
+    return sizes.k / sizes.n_experts
+
+
+def fit(published: Published, hit_scale: float) -> Coefficients:
+    """The coefficients that predict these runs best."""
+    target, weights = np.log(published.tok_s), _weights(published.sources)
+
+    def cost(x: np.ndarray) -> float:
+        predicted = tokens_per_second(published.run, _coefficients(x, hit_scale))
+        surprise = np.sum(((x - LIKELY) / WIDTH) ** 2)
+        return float(weights @ abs(np.log(predicted) - target) + PRIOR * surprise)
+
+    return _coefficients(_descend(cost, LIKELY), hit_scale)
+
+
+def _coefficients(x: np.ndarray, hit_scale: float) -> Coefficients:
+    return Coefficients(*np.exp(x).tolist(), hit_scale)
+
+
+def _weights(sources: Sequence[str]) -> np.ndarray:
+    """A source with n rows counts as root n, each of its rows alike. Sum to 1."""
+    names, counts = np.unique(sources, return_counts=True)
+    weight = dict(zip(names.tolist(), counts**-0.5, strict=True))
+    weights = np.array([weight[name] for name in sources])
+    return weights / weights.sum()
+
+
+def _descend(cost: Callable[[np.ndarray], float], start: np.ndarray) -> np.ndarray:
+    """Steps along axes and some fixed other directions, halved when none helps."""
+    n, x, best, step = len(start), start, cost(start), 0.4
+    others = np.random.default_rng(0).normal(size=(12, n)) * 0.6
+    directions = np.concatenate([np.eye(n), -np.eye(n), others, -others])
+    while step > 0.01:
+        moved = False
+        for direction in directions:
+            candidate = np.minimum(x + step * direction, MOST)
+            if (value := cost(candidate)) < best - 1e-9:
+                x, best, moved = candidate, value, True
+        step = step if moved else step / 2
+    return x
+
+
+# --- errors on held-out sources -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Each run predicted by a fit that saw nothing of its source."""
+
+    published: Published
+    predicted: np.ndarray  # (N,) tok/s
+    spread: tuple[float, float]  # 10 % and 90 % quantiles of published over predicted
+
+    @property
+    def errors(self) -> np.ndarray:
+        """Relative: 0.25 is a quarter too fast. Shapes: (N,)."""
+        return self.predicted / self.published.tok_s - 1
+
+    def median_error(self, kind: str | None = None) -> float:
+        """Median of the absolute errors, of all or of one class of machine."""
+        chosen = np.ones(len(self.errors), bool)
+        if kind is not None:
+            chosen = self.published.classes == kind
+        return float(np.median(abs(self.errors[chosen])))
+
+    def median_interval(self, n_draws: int = 2000) -> tuple[float, float]:
+        """Where the median error lies for other sources of this kind: 90 % of draws.
+
+        Sources, not rows, are drawn with replacement: rows of a source go together.
+        """
+        rng, sources = np.random.default_rng(0), self.published.sources
+        groups = [abs(self.errors[sources == name]) for name in np.unique(sources)]
+        draws = rng.integers(0, len(groups), (n_draws, len(groups)))
+        medians = [np.median(np.concatenate([groups[i] for i in d])) for d in draws]
+        low, high = np.quantile(medians, [0.05, 0.95])
+        return float(low), float(high)
+
+
+@cache
+def held_out(folder: Path = DATA) -> HeldOut:
+    """Leave one source out at a time: fit on all others, predict it."""
+    published = read_published(folder)
+    predicted = np.empty(len(published.tok_s))
+    for source in np.unique(published.sources):
+        mine = published.sources == source
+        scale = fit_hits(folder, without=source)
+        c = fit(published.take(~mine), scale)
+        predicted[mine] = tokens_per_second(published.take(mine).run, c)
+    low, high = np.quantile(published.tok_s / predicted, [0.1, 0.9])
+    return HeldOut(published, predicted, (float(low), float(high)))
