@@ -9,7 +9,7 @@ went wrong, and the token that would have been right.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,8 @@ def run_prompts(
     limit:    how many, evenly spread over the set (`choose_prompts`); None: all.
     seeds:    none: greedily, once. Otherwise each prompt is answered once a seed, with
               `sampling` (temperature, top_p, ...), and read only once.
-    explain:  find for wrong answers `chosen` and `wanted`; costs one more reading of
-              the answer.
+    explain:  find `chosen` and `wanted` for wrong answers (not for those that were only
+              cut off by max_tokens); costs one more reading of the answer.
     Raises: ConfigError for settings that do not go together.
     """
     if bool(seeds) != bool(sampling.get("temperature")):
@@ -210,6 +210,7 @@ def _outcomes(
     explain: bool,
     sampling: dict[str, float],
 ) -> Iterator[Outcome]:
+    """As `run_prompts`. A prompt is read once, all but its last token."""
     for prompt in prompts:
         *start, last = _encode(model, prompt)
         state = model.new_state()
@@ -219,23 +220,28 @@ def _outcomes(
             settings = sampling if seed is None else {**sampling, "seed": seed}
             state.restore(snapshot)
             tokens = [*generate_ids(model, [last], max_tokens, state, **settings)]
-            text = model.tokenizer.decode(tokens)
-            score = score_answer(prompt, text)
-            chances = (None, None)
-            if explain and score.position is not None:
+            outcome = _outcome(model, prompt, seed, tokens, len(tokens) < max_tokens)
+            if explain and _went_wrong(outcome):
                 state.restore(snapshot)
-                chances = _explain(model, state, last, tokens, score)
-            yield Outcome(
-                prompt.id,
-                prompt.kind,
-                prompt.group,
-                seed,
-                text,
-                tokens,
-                len(tokens) < max_tokens,
-                score,
-                *chances,
-            )
+                chosen, wanted = _explain(model, state, last, tokens, outcome.score)
+                outcome = replace(outcome, chosen=chosen, wanted=wanted)
+            yield outcome
+
+
+def _outcome(
+    model: Model, prompt: Prompt, seed: int | None, tokens: list[int], ended: bool
+) -> Outcome:
+    text = model.tokenizer.decode(tokens)
+    score = score_answer(prompt, text)
+    return Outcome(
+        prompt.id, prompt.kind, prompt.group, seed, text, tokens, ended, score
+    )
+
+
+def _went_wrong(outcome: Outcome) -> bool:
+    """False for a right answer, and for one that was right as far as it came."""
+    position = outcome.score.position
+    return position is not None and (outcome.ended or position < len(outcome.text))
 
 
 def _explain(
@@ -245,23 +251,24 @@ def _explain(
 
     state: has read the prompt but for its last token.
     """
-    n_before = _tokens_before(model, tokens, score.position)
+    n_before, right = _parting(model, tokens, score)
     logits = model.prefill([last, *tokens[:n_before]], state)
     p = softmax(logits[: model.tokenizer.n_real_ids].astype("f8"))
-    right = _right_token(model, tokens, n_before, score)
     chosen = tokens[n_before] if n_before < len(tokens) else None
     return _chance(model, p, chosen), _chance(model, p, right)
 
 
-def _tokens_before(model: Model, tokens: list[int], position: int) -> int:
-    """How many tokens come before the one that holds the character at `position`."""
-    n_bytes_before = len(model.tokenizer.decode(tokens)[:position].encode())
-    n_bytes = 0
-    for n, token in enumerate(tokens):
-        n_bytes += len(model.tokenizer.token_bytes(token))
-        if n_bytes > n_bytes_before:
-            return n
-    return len(tokens)
+def _parting(model: Model, tokens: list[int], score: Score) -> tuple[int, int | None]:
+    """How many tokens come before the wrong one, and which would have been right."""
+    decode = model.tokenizer.decode
+    n = 0  # tokens that end before the first wrong character
+    while n < len(tokens) and len(decode(tokens[: n + 1])) <= score.position:
+        n += 1
+    right = _right_token(model, tokens, n, score)
+    while n < len(tokens) and right == tokens[n]:  # it differs in a later byte only
+        n += 1
+        right = _right_token(model, tokens, n, score)
+    return n, right
 
 
 def _right_token(
@@ -275,6 +282,8 @@ def _right_token(
     tokenizer = model.tokenizer
     start = len(tokenizer.decode(tokens[:n_before]))
     right = tokenizer.decode(tokens)[: score.position] + score.expected
+    if not score.expected and not right[start:].strip():
+        return None
     whole = tokenizer.encode(right)
     if whole[:n_before] == tokens[:n_before]:
         return whole[n_before] if n_before < len(whole) else None
