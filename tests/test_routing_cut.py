@@ -170,6 +170,20 @@ def test_adaptive_k_reads_fewer_bytes_and_says_so(tiny):
     )
 
 
+def test_a_prompt_reads_no_expert_that_all_of_its_tokens_dropped(tiny, engine):
+    with load(tiny, mass=0.5, experts="resident", **engine) as model:
+        asked, request = [], model.store.request
+        model.store.request = lambda i, experts: (
+            asked.append(experts) or request(i, experts)
+        )
+        with record(model) as trace:
+            model.logits(IDS[:6])
+    assert len(asked) == N_LAYERS
+    for layer, experts in enumerate(asked):
+        picks = trace.picks[:, layer]
+        assert list(experts) == np.unique(picks[picks >= 0]).tolist()
+
+
 def test_reads_ahead_go_with_adaptive_k(tiny, engine):
     options = {"mass": 0.6, "slots": 8, "prefetch": "co-occurrence:3"}
     with (
