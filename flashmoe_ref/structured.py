@@ -72,7 +72,8 @@ def score_tool_calls(
 
     tools:  JSON schemas as given to the chat template.
     wanted: the calls to make, in order: [{"name": ..., "arguments": {...}}, ...].
-    Text before, between and after calls is allowed; thinking is skipped.
+    Text before, between and after calls is allowed; thinking is skipped. Values are
+    read as `toolcalls.coerce` does: True will do for true, and 3.0 for 3.
     """
     wrong = first_wrong_in_calls(text, wanted)
     _, calls = parse_tool_calls(text[answer_start(text) :])  # without types: raw values

@@ -124,6 +124,29 @@ def written(calls: list[dict]) -> str:
         assume(False)
 
 
+def spaced(arguments: dict, data: st.DataObject) -> str:
+    """A call with other white space between its tags, and around all but strings."""
+
+    def space() -> str:
+        return data.draw(st.text(" \n\t", max_size=2))
+
+    text = f"<tool_call>{space()}<function=f>"
+    for key, value in arguments.items():
+        raw = f"\n{value}\n"
+        if not isinstance(value, str):
+            raw = space() + json.dumps(value) + space()
+        text += f"{space()}<parameter={key}>{raw}</parameter>"
+    return f"{text}{space()}</function>{space()}</tool_call>{space()}"
+
+
+@given(arguments, st.data())
+def test_calls_with_other_white_space_are_right(call, data):
+    written([call])  # can it be written at all?
+    wanted = [{"name": "f", "arguments": call}]
+    score = score_tool_calls(spaced(call, data), [TYPED], wanted)
+    assert score.is_right and score.position is None, (call, score)
+
+
 @given(st.lists(arguments, min_size=1, max_size=3), st.data())
 def test_calls_with_arguments_in_any_order_are_right(calls, data):
     wanted = [{"name": "f", "arguments": c} for c in calls]
