@@ -191,7 +191,7 @@ def scores_ahead(engine: object, ids: Sequence[int]) -> tuple[np.ndarray, np.nda
     for layer in range(n_layers):
         x, h = engine.before_experts(layer, x, state)
         logits = engine.linear(h, engine.layers[layer]["gate"])
-        picks.append(engine.route_topk(logits.copy(), c.num_experts_per_tok)[0])
+        picks.append(engine.route(layer, logits.copy())[0])
         if layer + 1 < n_layers:
             scores.append(engine.scores_ahead(layer, h))
         x = x + engine.moe(layer, h)
