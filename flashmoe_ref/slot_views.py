@@ -238,10 +238,9 @@ def waterfall(trace: Trace) -> dict[str, float]:
 
 
 def say_waterfall(seconds: Mapping[str, float]) -> str:
-    """A token's time in words, longest first."""
+    """A token's time in words, in the order of a layer."""
     total = sum(seconds.values())
-    longest = sorted(seconds.items(), key=lambda item: -item[1])
-    parts = (f"{name} {1e3 * s:.2f} ms" for name, s in longest)
+    parts = (f"{name} {1e3 * s:.2f} ms" for name, s in seconds.items())
     return f"a token takes {1e3 * total:.2f} ms: {', '.join(parts)}"
 
 

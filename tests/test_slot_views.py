@@ -217,7 +217,7 @@ def test_a_waterfall_by_hand() -> None:
     assert seconds == {"mix": 1, "request": 1, "wait": 3, "experts": 2, "head": 1}
     assert list(seconds) == ["mix", "request", "wait", "experts", "head"]
     said = slot_views.say_waterfall(seconds)
-    assert said.startswith("a token takes 8000.00 ms: wait 3000.00 ms, experts 2000.00")
+    assert said.startswith("a token takes 8000.00 ms: mix 1000.00 ms, request 1000.00")
 
 
 def test_slow_tokens_do_not_count() -> None:
