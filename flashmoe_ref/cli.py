@@ -206,6 +206,13 @@ def run_evaluate(args: Namespace) -> None:
     run(args, _model_folder(args), say, note)
 
 
+def run_doctor(args: Namespace) -> None:
+    """Say whether a model will run, and how fast."""
+    from .cli_doctor import run
+
+    run(args, _model_folder(args), say)
+
+
 COMMANDS = {
     "generate": run_generate,
     "chat": run_chat,
@@ -216,6 +223,7 @@ COMMANDS = {
     "verify": run_verify,
     "trace": run_trace,
     "probe": run_probe,
+    "doctor": run_doctor,
     "evaluate": run_evaluate,
 }
 

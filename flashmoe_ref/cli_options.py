@@ -8,7 +8,14 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, cli_caching, cli_evaluate, cli_probe, cli_routing
+from . import (
+    __version__,
+    cli_caching,
+    cli_doctor,
+    cli_evaluate,
+    cli_probe,
+    cli_routing,
+)
 
 REDUCED = Path(__file__).parents[1] / "data" / "reduced"  # only in a clone
 
@@ -124,6 +131,9 @@ def build_parser() -> Parser:
     cli_probe.add_options(
         _command(commands, "probe", cli_probe.ABOUT, cli_probe.EXAMPLES)
     )
+    doctor = _command(commands, "doctor", cli_doctor.ABOUT, cli_doctor.EXAMPLES)
+    _add_model_argument(doctor, "its folder, or the name of a published model")
+    cli_doctor.add_options(doctor)
     about, examples = cli_evaluate.ABOUT, cli_evaluate.EXAMPLES
     evaluate = _command(commands, "evaluate", about, examples)
     _add_model_argument(evaluate, "its folder")

@@ -28,6 +28,14 @@ from .machines import GB, MEMORY_GB, Machine
 
 Values = float | np.ndarray
 
+PARTS = (
+    "other weights",
+    "experts computed",
+    "synchronisation",
+    "disk",
+    "page cache",
+    "paging",
+)
 USABLE = 0.8  # of memory: the system and others keep the rest; Metal's limit is 0.78
 PAGED = 0.12  # rate of 16 KiB reads to that of experts: slotstream, 2.04 / 17.25 GB/s
 PROMPT_CHUNK = 512  # tokens that the engine takes at a time

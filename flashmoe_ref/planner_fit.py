@@ -124,6 +124,7 @@ def sizes_of_row(row: dict[str, str], folder: Path = DATA) -> Sizes:
     return Sizes(**vars(sizes) | {"expert_bytes": float(row["expert_mb"]) * 1e6})
 
 
+@cache
 def sizes_of_published(
     name: str, k: int | None = None, bits: int = 4, folder: Path = DATA
 ) -> Sizes:
