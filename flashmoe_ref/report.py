@@ -86,7 +86,7 @@ class Report:
             "decode": f"{self.generated_tokens} tokens, {self.decode_tok_s:.1f} tok/s",
             "experts": f"{self.misses} read, {self.hits} found in a slot "
             f"(hit rate {self.hit_rate:.0%})",
-            "adaptive": f"{self.mean_k:.2f} experts a token and layer on average",
+            "kept": f"{self.mean_k:.2f} experts a token and layer on average",
             "ahead": f"{self.prefetched} read, {self.prefetch_hits} of them used",
             "read": f"{self.bytes_read / 1e6:.1f} MB in {self.reads} reads, "
             f"{self.bytes_per_token / 1e6:.3f} MB a token",
@@ -97,7 +97,7 @@ class Report:
             f"{self.peak_memory_bytes / 1e6:.0f} MB",
         }
         if "mass" not in self.mode:
-            del lines["adaptive"]
+            del lines["kept"]
         if not self.prefetched:
             del lines["ahead"]
         return "\n".join(f"{name:8}{text}" for name, text in lines.items())

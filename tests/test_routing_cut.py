@@ -162,7 +162,7 @@ def test_adaptive_k_reads_fewer_bytes_and_says_so(tiny):
     assert whole.mean_k == K and 1 < adaptive.mean_k < K
     assert adaptive.bytes_read / whole.bytes_read == pytest.approx(adaptive.mean_k / K)
     assert "kept renormalized, mass 0.6" in str(adaptive)
-    assert f"{adaptive.mean_k:.2f} experts a token and layer" in str(adaptive)
+    assert f"\nkept    {adaptive.mean_k:.2f} experts a token and layer" in str(adaptive)
     assert "kept" not in str(whole) and "average" not in str(whole)
     scaled = run(k=2, kept="as-routed", output_scale=SCALE)
     assert "k 2, trained k 5, kept as-routed, output scale 0.500 to 2.000" in str(
