@@ -267,6 +267,21 @@ def _count_spoiled() -> Cases:
     ]
 
 
+def _experts_kept() -> Cases:
+    weights = np.array([0.4, 0.3, 0.2, 0.1])
+    return [
+        ((weights, mass), n) for mass, n in ((0.35, 1), (0.5, 2), (0.85, 3), (1.0, 4))
+    ] + [((np.full(10, 0.1), 0.55), 6)]
+
+
+def _unbeaten() -> Cases:
+    return [
+        (([(2, 0.0), (1, 0.4), (1, 0.1), (3, 0.0)],), [0, 2]),
+        (([(5, 5)],), [0]),
+        (([(1, 3), (2, 2), (3, 1), (3, 3)],), [0, 1, 2]),
+    ]
+
+
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
@@ -286,6 +301,8 @@ CASES = {
     "8.2": _bits_of_row,
     "9.1": _recall_and_waste,
     "9.2": _it_pays,
+    "10.1": _experts_kept,
+    "10.2": _unbeaten,
     "7.1": _count_reads,
     "7.2": _count_spoiled,
 }
