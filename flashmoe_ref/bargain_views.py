@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 
 from . import plots
 from .engine import Model
+from .errors import ConfigError
 from .evaluate import first_difference
 from .settings import from_row
 
@@ -154,6 +155,34 @@ def draw_frontier(
     ax.set_xlabel("MB read for a token that finds nothing in memory")
     ax.set_ylabel(f"{what} ({unit})")
     return ax
+
+
+# --- how loud the experts are ---------------------------------------------------------
+
+
+def routed_norms(model: Model, ids: Sequence[int]) -> np.ndarray:
+    """Root mean square of the routed experts' output in each layer, on one text.
+
+    The shared expert is left out. Shapes: ids (T,) -> (L,).
+    Raises: ConfigError for fewer than 2 ids: they go through as a prompt.
+    """
+    if len(ids) < 2:
+        raise ConfigError("norms need at least 2 tokens: they go through as a prompt")
+    squares = np.zeros(model.config.num_hidden_layers)
+    engine = model.engine
+    as_it_is = engine.experts_of_prompt
+
+    def noted(layer: int, *inputs: object) -> object:
+        output = as_it_is(layer, *inputs)
+        squares[layer] = np.square(np.asarray(output, np.float64)).mean()
+        return output
+
+    engine.experts_of_prompt = noted
+    try:
+        engine.forward(list(ids), model.new_state())
+    finally:
+        del engine.experts_of_prompt
+    return np.sqrt(squares)
 
 
 # --- wrong answers --------------------------------------------------------------------
