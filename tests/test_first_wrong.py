@@ -44,6 +44,7 @@ def shuffled(value: object, data: st.DataObject) -> object:
 
 
 @given(objects, st.data())
+@settings(max_examples=40)
 def test_other_spellings_of_a_right_json_are_right(wanted, data):
     text = json.dumps(
         shuffled(wanted, data),
@@ -55,7 +56,7 @@ def test_other_spellings_of_a_right_json_are_right(wanted, data):
 
 
 @given(objects, st.data())
-@settings(max_examples=60)
+@settings(max_examples=50)
 def test_a_cut_or_changed_json_can_be_mended_from_the_first_wrong_character(
     wanted, data
 ):
@@ -140,6 +141,7 @@ def spaced(arguments: dict, data: st.DataObject) -> str:
 
 
 @given(arguments, st.data())
+@settings(max_examples=40)
 def test_calls_with_other_white_space_are_right(call, data):
     written([call])  # can it be written at all?
     wanted = [{"name": "f", "arguments": call}]
@@ -148,6 +150,7 @@ def test_calls_with_other_white_space_are_right(call, data):
 
 
 @given(st.lists(arguments, min_size=1, max_size=3), st.data())
+@settings(max_examples=40)
 def test_calls_with_arguments_in_any_order_are_right(calls, data):
     wanted = [{"name": "f", "arguments": c} for c in calls]
     text = written([shuffled(c, data) for c in calls])
@@ -157,7 +160,7 @@ def test_calls_with_arguments_in_any_order_are_right(calls, data):
 
 
 @given(st.lists(arguments, min_size=1, max_size=2), st.data())
-@settings(max_examples=60)
+@settings(max_examples=50)
 def test_changed_calls_can_be_mended_from_the_first_wrong_character(calls, data):
     right = written(calls)
     at = data.draw(st.integers(0, len(right)))
