@@ -91,6 +91,8 @@ def exact_number(value: float | Decimal) -> Decimal:
 
 
 # --- pieces of both formats -----------------------------------------------------------
+# Each function reads a piece at i and returns where it ends, or raises Wrong. `then` is
+# one right text after that piece: with it, what was expected is the whole rest.
 
 
 def _space(text: str, i: int) -> int:
@@ -148,7 +150,7 @@ def _value(text: str, i: int, wanted: Any, then: str) -> int:
 
 
 def _object(text: str, i: int, wanted: dict[str, Any], then: str) -> int:
-    left, comma = dict(wanted), ""
+    left, comma = dict(wanted), ""  # keys that are still to come, in any order
     i = _literal(text, i, "{", as_json(left)[1:] + then)
     while left:
         i = _space(text, i)
@@ -221,12 +223,9 @@ def _number(text: str, i: int, wanted: float, then: str) -> int:
 
 def _call_start(text: str, i: int, written: str) -> int:
     """Where the next <tool_call> begins, after any text."""
-    found = text.find(CALL, i)
-    return (
-        _literal(text, _gap(text, i), CALL, written[len(CALL) :])
-        if found < 0
-        else found
-    )
+    if (found := text.find(CALL, i)) >= 0:
+        return found
+    return _literal(text, _gap(text, i), CALL, written[len(CALL) :])  # raises
 
 
 def _call(text: str, i: int, wanted: dict[str, Any], then: str) -> int:
@@ -274,6 +273,7 @@ def _parameter_value(text: str, i: int, wanted: Any, then: str) -> int:
                     return _literal(text, _gap(text, i + len(word)), end, then)
         i = _value(text, i, wanted, f"\n{end}{then}")
         return _literal(text, _gap(text, i), end, then)
+    # The parser takes one line end off on each side, so these are the same value.
     frames = [("\n", "\n"), ("\n", ""), ("", "\n"), ("", "")]
     fit = [
         before + wanted + after + end
