@@ -9,6 +9,7 @@ Source: "Trace Event Format" of the Chromium project, complete events (ph "X").
 
 import csv
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
@@ -40,22 +41,23 @@ def read_csv(path: str | Path, n_experts: int | None = None) -> Trace:
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows, lines, weights = _parse(csv.reader(file), path)
+        found = _load(path)
+        if found is None or _fault(found[0], n_experts):
+            found = _parse(path, n_experts)  # slowly: it knows the lines
     except OSError as error:
         raise TraceError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"{path}: not a CSV file ({error})") from None
+    rows, weights = found
     if n_experts is None:
         n_experts = int(rows[:, 2].max()) + 1
-    _check_rows(rows, lines, n_experts, path)
     order = np.lexsort((rows[:, 1], rows[:, 0]))  # stable
     tokens, layers = (np.unique(rows[:, column]) for column in (0, 1))
     shape = (len(tokens), len(layers), len(rows) // (len(tokens) * len(layers)))
     trace = Trace(
         picks=rows[order, 2].reshape(shape).astype(np.int32),
         n_experts=n_experts,
-        steps=np.array([(1, i) for i in range(len(tokens))], STEP),
+        steps=_steps(len(tokens)),
         about={"imported from": path.name, "layers": layers.tolist()},
     )
     if weights is not None:
@@ -63,7 +65,56 @@ def read_csv(path: str | Path, n_experts: int | None = None) -> Trace:
     return trace
 
 
-def _parse(
+def _steps(n_tokens: int) -> np.ndarray:
+    """Tokens one by one. Shapes: -> (n_tokens,) STEP."""
+    steps = np.ones(n_tokens, STEP)
+    steps["position"] = np.arange(n_tokens)
+    return steps
+
+
+def _load(path: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """The same as `_parse`, by NumPy and so some ten times as fast.
+
+    Returns: None where something is not as it should be; `_parse` says what and where.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        table = csv.reader(file)
+        first = next((fields for fields in table if any(fields)), None)
+        if first is None:
+            return None
+        places, is_header = _places(first, path)
+        n_before = table.line_num - (0 if is_header else 1)
+    kinds = zip(COLUMNS, ("i8", "i8", "i8", "f8"), strict=True)
+    dtype = list(kinds)[: len(places)]
+    form = {"comments": None, "delimiter": ",", "quotechar": '"', "ndmin": 1}
+    form |= {"skiprows": n_before, "usecols": places, "encoding": "utf-8-sig"}
+    try:
+        with warnings.catch_warnings(action="error"):  # such as 1.0 for an integer
+            values = np.loadtxt(path, dtype, **form)
+    except (ValueError, Warning):
+        return None
+    rows = np.stack([values[name] for name in COLUMNS[:3]], axis=1)
+    weights = values["weight"] if len(places) == 4 else None
+    if (rows < 0).any() or (rows > list(LARGEST.values())).any():
+        return None
+    if weights is not None and not ((weights >= 0) & (weights <= 1)).all():
+        return None
+    return rows, weights
+
+
+def _parse(path: Path, n_experts: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Line by line. Shapes: -> token, layer, expert (N, 3); weights (N,).
+
+    Raises: TraceError naming the first line with a fault.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows, lines, weights = _rows_of(csv.reader(file), path)
+    if fault := _fault(rows, n_experts):
+        raise TraceError(f"{path}: line {lines[fault[0]]}: {fault[1]}")
+    return rows, weights
+
+
+def _rows_of(
     table: Iterable[list[str]], path: Path
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Shapes: -> token, layer, expert (N, 3); their lines (N,); weights (N,)."""
@@ -129,17 +180,16 @@ def _weight(text: str, line: int, path: Path) -> float:
     return value
 
 
-def _check_rows(
-    rows: np.ndarray, lines: np.ndarray, n_experts: int, path: Path
-) -> None:
-    """Every token has the same number of different experts in every layer."""
-    fault = _too_large(rows, n_experts) or _repeated(rows) or _uneven(rows)
-    if fault:
-        raise TraceError(f"{path}: line {lines[fault[0]]}: {fault[1]}")
+def _fault(rows: np.ndarray, n_experts: int | None) -> tuple[int, str] | None:
+    """A row at fault and what is wrong, or None; so do the next three.
+
+    Every token must have as many different experts in every layer.
+    """
+    limit = LARGEST["expert"] + 1 if n_experts is None else n_experts
+    return _too_large(rows, limit) or _repeated(rows) or _uneven(rows)
 
 
 def _too_large(rows: np.ndarray, n_experts: int) -> tuple[int, str] | None:
-    """The row of a fault and what is wrong, or None; so do the next two."""
     for i in np.flatnonzero(rows[:, 2] >= n_experts):
         return i, f"expert {rows[i, 2]} is outside 0..{n_experts - 1}"
     return None

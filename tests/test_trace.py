@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import write_tiny
 
-from flashmoe_ref import layers, recording
+from flashmoe_ref import layers, recording, trace_exchange
 from flashmoe_ref.engine import Model, load
 from flashmoe_ref.errors import ConfigError, ReadError, TraceError
 from flashmoe_ref.recording import KINDS, SILENT, Recorder
@@ -441,6 +441,27 @@ def test_a_fault_in_a_table_names_its_line(tmp_path, text, message):
     with pytest.raises(TraceError, match=message) as caught:
         read_csv(tmp_path / "t.csv", n_experts=4)
     assert str(caught.value).startswith(f"{tmp_path / 't.csv'}: ")
+
+
+@pytest.mark.parametrize("header", ["", HEAD, "layer,x,expert,token\n", "\n\n" + HEAD])
+def test_tables_are_read_alike_at_once_and_by_line(tmp_path, header):
+    rng = np.random.default_rng(0)
+    picks = rng.random((7, 3, 20)).argsort(axis=2)[..., :4]
+    rows = np.append(np.indices(picks.shape).reshape(3, -1)[:2], [picks.ravel()], 0).T
+    names = (header or HEAD).strip().split(",")
+    order = [names.index(name) for name in ("token", "layer", "expert")]
+    table = np.full((len(rows), len(names)), 0.25, object)
+    table[:, order] = rows
+    lines = [",".join(map(str, row)) for row in table]
+    lines[5] = ",".join(f'"{field}"' for field in table[5])  # as spreadsheets do
+    lines.insert(9, "")
+    path = tmp_path / "t.csv"
+    path.write_text(header + "\r\n".join(lines))
+    at_once, by_line = trace_exchange._load(path), trace_exchange._parse(path, None)
+    assert np.array_equal(at_once[0], rows) and np.array_equal(by_line[0], rows)
+    assert (at_once[1] is None) == (by_line[1] is None) == ("weight" not in names)
+    assert at_once[1] is None or np.array_equal(at_once[1], by_line[1])
+    assert np.array_equal(read_csv(path).picks, picks)
 
 
 def test_what_is_no_table_is_refused(tmp_path):
