@@ -43,6 +43,11 @@ def add_options(parser: ArgumentParser) -> None:
         "--probe", metavar="FILE", help="use what 'flashmoe probe --json FILE' measured"
     )
     parser.add_argument(
+        "--trace",
+        metavar="FILE.npz",
+        help="hits as in this recorded run (default: those of published curves)",
+    )
+    parser.add_argument(
         "--k", type=int, help="experts a token (default: as recommended)"
     )
     parser.add_argument(
@@ -56,7 +61,8 @@ def run(args: Namespace, model: str, say: Callable[[str], None]) -> None:
     from .doctor import diagnose, readable
     from .info import facts
 
-    found = diagnose(facts(model, None, 4, 64), chosen(args, model), args.k, args.bits)
+    place, sizes = chosen(args, model), facts(model, None, 4, 64)
+    found = diagnose(sizes, place, args.k, args.bits, c=_coefficients(args))
     say(as_json(found.as_dict()) if args.json else readable(found))
 
 
@@ -76,6 +82,17 @@ def chosen(args: Namespace, model: str):
     if args.memory or args.disk:
         found = replace(found, name=f"{found.name}, as you say")
     return found
+
+
+def _coefficients(args: Namespace):
+    from .planner import FITTED
+
+    if args.trace is None:
+        return FITTED
+    from .planner_fit import scale_of_trace
+    from .trace import Trace
+
+    return replace(FITTED, hit_scale=scale_of_trace(Trace.load(args.trace)))
 
 
 def as_json(found: dict) -> str:

@@ -21,6 +21,7 @@ from .planner import (
     FITTED,
     PREFILL_FACTOR,
     USABLE,
+    Coefficients,
     Prediction,
     Sizes,
     predict,
@@ -109,9 +110,11 @@ def diagnose(
     k: int | None = None,
     bits: int | None = None,
     sweep: Path = SWEEP,
+    c: Coefficients = FITTED,
 ) -> Diagnosis:
     """Look at a model, from its headers, on a machine. k, bits: as wanted, not advised.
 
+    c: of the cost model, for example with the hits of a recorded run.
     Raises: ConfigError for a K or width that does not exist.
     """
     stored = stored_bits(facts)
@@ -124,20 +127,20 @@ def diagnose(
     def sizes_for(k: int, bits: int) -> Sizes:
         return sizes_of(facts, None if bits == stored else bits).with_k(k)
 
-    advice = recommend(facts, machine, sizes_for, k, bits)
+    advice = recommend(facts, machine, sizes_for, k, bits, c)
     sizes = sizes_for(advice.k, advice.bits)
     run = run_of(sizes, machine, _slots_gb(advice, sizes))
-    seconds = prompt_seconds(run, sizes, PROMPT_TOKENS, FITTED)
+    seconds = prompt_seconds(run, sizes, PROMPT_TOKENS, c)
     prompt_s = (seconds, seconds / PREFILL_FACTOR, seconds * PREFILL_FACTOR)
     return Diagnosis(
         model=facts.name,
         machine=machine,
         checks=(_check_disk(facts, sizes, machine), *_check_memory(sizes, machine)),
         advice=advice,
-        prediction=predict(run),
+        prediction=predict(run, c),
         prompt_s=prompt_s,
-        changes=_changes(sizes_for, advice, machine, read_sweep(sweep)),
-        notes=tuple(_notes(facts, machine, predict(run))),
+        changes=_changes(sizes_for, advice, machine, read_sweep(sweep), c),
+        notes=tuple(_notes(facts, machine, predict(run, c))),
     )
 
 
@@ -183,13 +186,14 @@ def recommend(
     sizes_for: SizesFor,
     k: int | None,
     bits: int | None,
+    c: Coefficients = FITTED,
 ) -> Advice:
     """The first rung of the ladder that is fast enough to read along, else the first.
 
     Rungs lose more and more: as trained; fewer bits, down to 4; fewer experts.
     """
     rungs = _ladder(facts, k, bits)
-    speeds = [predict(run_of(sizes_for(*rung), machine)).tok_s for rung in rungs]
+    speeds = [predict(run_of(sizes_for(*rung), machine), c).tok_s for rung in rungs]
     fast = [i for i, speed in enumerate(speeds) if speed >= READABLE_TOK_S]
     chosen, why = (fast[0] if fast else 0), []
     if len(rungs) > 1 and not fast:
@@ -203,7 +207,7 @@ def recommend(
             f"least that has to be cut for {READABLE_TOK_S:g}"
         )
     sizes = sizes_for(*rungs[chosen])
-    slots, reason = _advise_slots(sizes, machine)
+    slots, reason = _advise_slots(sizes, machine, c)
     source, packing = _advise_source(facts, sizes, machine)
     threads = 8 if machine.disk_gb_s >= FAST_DISK_GB_S else 4
     return Advice(*rungs[chosen], slots, source, threads, (*why, reason, packing))
@@ -221,15 +225,17 @@ def _ladder(
     return rungs + [(count, widths[-1]) for count in counts[1:]]
 
 
-def _advise_slots(sizes: Sizes, machine: Machine) -> tuple[int | None, str]:
+def _advise_slots(
+    sizes: Sizes, machine: Machine, c: Coefficients
+) -> tuple[int | None, str]:
     run = run_of(sizes, machine, slots_gb=math.inf)
     room = SLOTS_SHARE * float(split_memory(run).slots_gb) * GB
     slots = min(sizes.n_experts, int(room / sizes.n_layers / sizes.expert_bytes))
     if slots < sizes.k:
         return None, f"memory has no room for {sizes.k} slots of each layer"
     gb = slots * sizes.n_layers * sizes.expert_bytes / GB
-    with_slots = predict(run_of(sizes, machine, gb)).tok_s
-    gain = with_slots / predict(run_of(sizes, machine)).tok_s
+    with_slots = predict(run_of(sizes, machine, gb), c).tok_s
+    gain = with_slots / predict(run_of(sizes, machine), c).tok_s
     if gain < WORTH:
         return None, "slots would save copies only: trust the system's file cache"
     return slots, (
@@ -259,10 +265,14 @@ def _advise_source(
 
 
 def _changes(
-    sizes_for: SizesFor, advice: Advice, machine: Machine, sweep: list[dict[str, str]]
+    sizes_for: SizesFor,
+    advice: Advice,
+    machine: Machine,
+    sweep: list[dict[str, str]],
+    c: Coefficients,
 ) -> tuple[Change, ...]:
     sizes = sizes_for(advice.k, advice.bits)
-    now = predict(run_of(sizes, machine, _slots_gb(advice, sizes))).tok_s
+    now = predict(run_of(sizes, machine, _slots_gb(advice, sizes)), c).tok_s
     faster = replace(
         machine,
         memory_gb_s=2 * machine.memory_gb_s,
@@ -288,7 +298,7 @@ def _changes(
         if advice.slots is not None:  # in as much memory as they may have there
             run = run_of(other, place, math.inf)
             slots = SLOTS_SHARE * float(split_memory(run).slots_gb)
-        tok_s = predict(run_of(other, place, slots)).tok_s
+        tok_s = predict(run_of(other, place, slots), c).tok_s
         changes.append(Change(name, tok_s, tok_s / now, quality.get(name)))
     return tuple(sorted(changes, key=lambda change: -change.gain))
 

@@ -2,8 +2,8 @@
 
 `data/published.csv` has a row for each run that somebody published. The fit minimises
 absolute errors of the logarithm, so that one strange row pulls no more than any other,
-each source counting with the root of its rows; a weak prior keeps coefficients within
-what is physically likely. **But:** the form of the model was chosen with all sources in
+each source counting with the root of its rows; a weak prior keeps coefficients where
+physics has them. **But:** the form of the model was chosen with all sources in
 view; only the coefficients are held out. *Taught in notebooks/12.*
 """
 
@@ -26,6 +26,8 @@ from .planner import (
     sizes_of_preset,
     tokens_per_second,
 )
+from .simulator import decode_requests, simulate
+from .trace import Trace
 
 DATA = Path(__file__).parents[1] / "data"  # only in a clone
 USED = "yes"
@@ -37,7 +39,11 @@ NAMES = ("gpu_share", "cpu_share", "sync_s", "disk_share", "copy_share")
 LIKELY = np.log([0.4, 0.2, 0.7e-3, 0.6, 0.05])
 WIDTH = np.log([2.5, 2.5, 2.5, 2.0, 2.5])
 MOST = np.log([1.0, 1.0, 5e-3, 1.0, 1.0])
+SCALES = (5e-4, 5.0)  # of hit curves: from very local routing to nearly none
+TRACE_SHARES = (0.1, 0.2, 0.3, 0.5, 0.7)  # of all experts
 PRIOR = 0.003  # its weight: a hint, not a rule
+SMALL = 0.1  # errors below count little: nobody measures better than to 10 %
+DELTA, TINY, MAX_STEPS = 1e-4, 1e-5, 60  # of the search, in logarithms
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,24 @@ def fit_hits(folder: Path = DATA, without: str | None = None) -> float:
     )
     k = np.array([_working_set(row, folder) for row in rows])
     weights = _weights([row["source"] + row["model"] for row in rows])
-    scales = np.geomspace(5e-4, 0.1, 200)
+    return _best_scale(fraction, k, hits, weights)
+
+
+def scale_of_trace(trace: Trace) -> float:
+    """The same from a recorded run: what the least recently used policy would hit."""
+    _t, n_layers, k = trace.picks.shape
+    requests = decode_requests(trace.picks, trace.n_experts)
+    shares = np.array([s for s in TRACE_SHARES if s * trace.n_experts > k])
+    slots = (shares * n_layers * trace.n_experts).astype(int)
+    hits = [simulate(requests, "lru", int(n), shared=True).hit_rate for n in slots]
+    working_set = np.full(len(shares), k / trace.n_experts)
+    return _best_scale(shares, working_set, np.array(hits), np.ones(len(shares)))
+
+
+def _best_scale(
+    fraction: np.ndarray, k: np.ndarray, hits: np.ndarray, weights: np.ndarray
+) -> float:
+    scales = np.geomspace(*SCALES, 500)
     errors = [weights @ abs(hit_rate(fraction, k, s) - hits) for s in scales]
     return float(scales[int(np.argmin(errors))])
 
@@ -182,15 +205,42 @@ def _working_set(row: dict[str, str], folder: Path) -> float:
 
 
 def fit(published: Published, hit_scale: float) -> Coefficients:
-    """The coefficients that predict these runs best."""
+    """The coefficients that predict these runs best: reweighted least squares.
+
+    Each step solves for the errors of the logarithm, linearised, where a run counts the
+    less the further off it is; steps that do not help are halved.
+    """
     target, weights = np.log(published.tok_s), _weights(published.sources)
 
-    def cost(x: np.ndarray) -> float:
+    def errors(x: np.ndarray) -> np.ndarray:
         predicted = tokens_per_second(published.run, _coefficients(x, hit_scale))
-        surprise = np.sum(((x - LIKELY) / WIDTH) ** 2)
-        return float(weights @ abs(np.log(predicted) - target) + PRIOR * surprise)
+        return np.log(predicted) - target
 
-    return _coefficients(_descend(cost, LIKELY), hit_scale)
+    def cost(x: np.ndarray) -> float:
+        surprise = np.sum(((x - LIKELY) / WIDTH) ** 2)
+        return float(np.sum(weights * np.hypot(errors(x), SMALL)) + PRIOR * surprise)
+
+    x = LIKELY
+    for _ in range(MAX_STEPS):
+        step = _newton_step(x, errors, weights)
+        while cost(np.minimum(x + step, MOST)) > cost(x) and abs(step).max() > TINY:
+            step = step / 2
+        x = np.minimum(x + step, MOST)
+        if abs(step).max() <= TINY:
+            break
+    return _coefficients(x, hit_scale)
+
+
+def _newton_step(
+    x: np.ndarray, errors: Callable[[np.ndarray], np.ndarray], weights: np.ndarray
+) -> np.ndarray:
+    now, n = errors(x), len(x)
+    slopes = [(errors(x + DELTA * axis) - now) / DELTA for axis in np.eye(n)]
+    jacobian = np.stack(slopes, axis=1)  # (N, n)
+    each = weights / np.hypot(now, SMALL)
+    gradient = jacobian.T @ (each * now) + 2 * PRIOR * (x - LIKELY) / WIDTH**2
+    curvature = (jacobian.T * each) @ jacobian + np.diag(2 * PRIOR / WIDTH**2)
+    return -np.linalg.solve(curvature, gradient)
 
 
 def _coefficients(x: np.ndarray, hit_scale: float) -> Coefficients:
@@ -203,21 +253,6 @@ def _weights(sources: Sequence[str]) -> np.ndarray:
     weight = dict(zip(names.tolist(), counts**-0.5, strict=True))
     weights = np.array([weight[name] for name in sources])
     return weights / weights.sum()
-
-
-def _descend(cost: Callable[[np.ndarray], float], start: np.ndarray) -> np.ndarray:
-    """Steps along axes and some fixed other directions, halved when none helps."""
-    n, x, best, step = len(start), start, cost(start), 0.4
-    others = np.random.default_rng(0).normal(size=(12, n)) * 0.6
-    directions = np.concatenate([np.eye(n), -np.eye(n), others, -others])
-    while step > 0.01:
-        moved = False
-        for direction in directions:
-            candidate = np.minimum(x + step * direction, MOST)
-            if (value := cost(candidate)) < best - 1e-9:
-                x, best, moved = candidate, value, True
-        step = step if moved else step / 2
-    return x
 
 
 # --- errors on held-out sources -------------------------------------------------------

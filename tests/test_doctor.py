@@ -24,6 +24,7 @@ from flashmoe_ref.rehearse import as_json
 from flashmoe_ref.shards import NewModule, NewTensor, plan_shards
 
 BIG = "qwen3.5-397b-a17b"
+TRACES = Path(__file__).parents[1] / "data" / "traces"
 FLOAT = np.dtype(ml_dtypes.bfloat16)
 NOWHERE = Path("no-such-file.csv")
 
@@ -197,6 +198,14 @@ def test_the_command_reads_a_folder_on_this_machine(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "the model is there" in text and "this machine" in text
     assert "model this small" in text
+
+
+def test_a_recorded_run_changes_the_hits(capsys):
+    hits = []
+    for options in ([], ["--trace", str(TRACES / "tools_k10.npz")]):
+        assert main(["doctor", BIG, "--machine", "m3-max-48", "--json", *options]) == 0
+        hits.append(json.loads(capsys.readouterr().out)["prediction"]["hit_rate"])
+    assert hits[1] < hits[0]
 
 
 @pytest.mark.parametrize(

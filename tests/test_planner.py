@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,10 +41,13 @@ from flashmoe_ref.planner_fit import (
     held_out,
     read_published,
     read_rows,
+    scale_of_trace,
     sizes_of_published,
 )
+from flashmoe_ref.trace import Trace
 
 BIG = "qwen3.5-397b-a17b"
+TRACES = Path(__file__).parents[1] / "data" / "traces"
 ROUND = Coefficients(0.5, 0.25, 1e-3, 0.5, 0.1, 0.01)
 BY_HAND = Run(
     n_layers=10,
@@ -207,6 +212,20 @@ def test_a_source_is_predicted_without_its_rows(monkeypatch):
     planner_fit.held_out.__wrapped__()
     everyone = set(read_published().sources)
     assert {frozenset(everyone - s) for s in seen} == {frozenset({s}) for s in everyone}
+
+
+def test_a_trace_gives_its_own_hit_curve():
+    local, spread = (Trace.load(TRACES / f"{n}_k10.npz") for n in ("stories", "tools"))
+    scales = [scale_of_trace(replace_picks(t, 1500)) for t in (local, spread)]
+    assert scales[0] < scales[1]  # one story repeats its experts, many requests do not
+    share, k = 0.5, 10 / 128
+    assert 0.75 < hit_rate(share, k, scales[0]) < 0.95
+    assert 0.5 < hit_rate(share, k, scales[1]) < 0.75
+
+
+def replace_picks(trace, n):
+    """The first n tokens."""
+    return SimpleNamespace(picks=trace.picks[:n], n_experts=trace.n_experts)
 
 
 # --- the published rows ---------------------------------------------------------------
