@@ -16,7 +16,15 @@ import numpy as np
 
 from .errors import ConfigError
 from .layers import AttentionState
-from .neuron_store import NeuronReader, Pool, Reader, Rebuilt, allocate, write_stored
+from .neuron_store import (
+    THREADS,
+    NeuronReader,
+    Pool,
+    Reader,
+    Rebuilt,
+    allocate,
+    write_stored,
+)
 from .relu_model import ReluModel, neurons_add
 from .sparsity import Predictor, Window, loads
 
@@ -124,7 +132,7 @@ class FlashModel:
         folder: str | Path,
         rung: Rung,
         predictor: Predictor | None = None,
-        threads: int = 16,
+        threads: int = THREADS,
         bypass_page_cache: bool = False,
     ) -> None:
         if rung.predicts != (predictor is not None):

@@ -26,6 +26,8 @@ from .relu_model import ReluConfig, ReluModel
 from .slots import allocate_numpy
 
 LARGE_BYTES = 1 << 20  # of one read, where a whole range is wanted
+THREADS = 8  # as many reads are under way at once
+SHARE = 4  # small reads a thread, at least: handing over takes as long as one
 NONE = -1  # no neuron, no row
 
 
@@ -76,7 +78,7 @@ class Reader:
     def __init__(
         self,
         paths: Sequence[Path],
-        threads: int = 16,
+        threads: int = THREADS,
         bypass_page_cache: bool = False,
     ) -> None:
         if threads < 1:
@@ -106,10 +108,10 @@ class Reader:
             return
         start = time.perf_counter()
         addresses = out.ctypes.data + np.arange(len(out)) * out.strides[0]
-        shares = [
-            (file, offsets[i :: self.threads], addresses[i :: self.threads], n_bytes)
-            for i in range(min(self.threads, len(offsets)))
-        ]
+        n = min(self.threads, len(offsets))
+        if n_bytes < LARGE_BYTES:
+            n = min(n, -(-len(offsets) // SHARE))
+        shares = [(file, offsets[i::n], addresses[i::n], n_bytes) for i in range(n)]
         done = list(self._pool.map(lambda share: self._read_share(*share, out), shares))
         self.counters.reads += sum(done)
         self.counters.bytes_read += sum(done) * n_bytes
@@ -174,7 +176,7 @@ class NeuronReader:
         folder: str | Path,
         config: ReluConfig,
         bundled: bool,
-        threads: int = 16,
+        threads: int = THREADS,
         bypass_page_cache: bool = False,
     ) -> None:
         self.config, self.bundled = config, bundled

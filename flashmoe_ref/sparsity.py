@@ -8,6 +8,7 @@ neurons on disk is in `flash_model.py`. *Taught in notebooks/11.*
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import numpy as np
 from .errors import ConfigError
 from .headers import read_header
 from .layers import rms_norm
-from .relu_model import FeedForward, ReluModel, read_rounded
+from .neuron_store import NONE
+from .relu_model import FeedForward, ReluModel, mean_nats, read_rounded
 
 INPUTS = ("previous", "attention")  # what a predictor looks at
 EPS = 1e-6  # of the norm before a predictor
@@ -158,3 +160,91 @@ def masked(
         return (values * kept(chosen, k)) @ w.down
 
     return feed_forward, log
+
+
+# --- how good a predictor is ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A predictor and a window on one text; shares by layer have shape (L,)."""
+
+    recall: np.ndarray  # of the active neurons, the share that was predicted
+    precision: np.ndarray  # of the predicted, the share that was active
+    over: np.ndarray  # predicted neurons for each active one
+    in_memory: np.ndarray  # of the active neurons, the share that was resident
+    loads: float  # neurons read for a token, all layers, once the window is full
+    nats: float  # of the text, with only resident neurons computed
+
+    @property
+    def perplexity(self) -> float:
+        """1 is certainty, V is guessing."""
+        return float(np.exp(self.nats))
+
+
+def quality(
+    model: ReluModel, predictor: Predictor, ids: Sequence[int], k: int = 0
+) -> Quality:
+    """Run a text with resident neurons only, and count."""
+    feed_forward, log = masked(model, predictor, k)
+    nats = mean_nats(model.forward(ids, model.new_state(), feed_forward), ids)
+    chosen, active = (np.array(masks) for masks in zip(*log, strict=True))
+    both, there = chosen & active, kept(chosen, k) & active
+    n_chosen, n_active = (np.maximum(m.sum((1, 2)), 1) for m in (chosen, active))
+    return Quality(
+        recall=both.sum((1, 2)) / n_active,
+        precision=both.sum((1, 2)) / n_chosen,
+        over=n_chosen / n_active,
+        in_memory=there.sum((1, 2)) / n_active,
+        loads=float(loads(chosen, k)[:, k:].sum(0).mean()),
+        nats=nats,
+    )
+
+
+# --- neurons that are active together -------------------------------------------------
+
+
+def closest_friends(active: np.ndarray) -> np.ndarray:
+    """For each neuron the other one that was active with it most often.
+
+    Shapes: active (T, F) bool -> (F,) ids; neurons that were never active get NONE.
+    """
+    together = active.T.astype(np.float32) @ active.astype(np.float32)  # (F, F) counts
+    np.fill_diagonal(together, -1)
+    friends = together.argmax(axis=1)
+    return np.where(active.any(axis=0), friends, NONE)
+
+
+@dataclass(frozen=True)
+class FriendLoads:
+    """Reads of neurons stored with their closest friend, summed over tokens."""
+
+    reads: int  # each brings a neuron and its friend
+    useful: int  # friends that were wanted and not yet there
+    there: int  # friends that were in memory already
+    unwanted: int  # friends that nobody asked for
+    most: int  # times that the most popular friend was read, all tokens together
+
+
+def load_with_friends(active: np.ndarray, friends: np.ndarray, k: int) -> FriendLoads:
+    """Replay a window of k tokens over bundles of two. Shapes: active (T, F) bool."""
+    missing = active & ~_recent(active, range(1, k + 1))
+    before = kept(active, k)
+    brought = np.zeros(len(friends), np.int64)
+    reads = useful = there = unwanted = 0
+    for t in range(len(active)):
+        present = before[t - 1].copy() if t and k else np.zeros(len(friends), bool)
+        for neuron in np.flatnonzero(missing[t]):
+            if present[neuron]:  # it came along with another one
+                continue
+            friend = friends[neuron]
+            reads, present[neuron] = reads + 1, True
+            if friend == NONE:
+                continue
+            brought[friend] += 1
+            there += present[friend]
+            useful += not present[friend] and active[t, friend]
+            unwanted += not present[friend] and not active[t, friend]
+            present[friend] = True
+    sums = (reads, int(useful), int(there), int(unwanted), int(brought.max()))
+    return FriendLoads(*sums)

@@ -30,6 +30,7 @@ from matplotlib.axes import Axes
 
 from . import cache_views, plots
 from .cache_views import Setting, draw_setting, say_setting
+from .flash_views import Tradeoffs, draw_tradeoff, say_tradeoff
 from .hardware import in_kib
 from .overlap_views import Timeline, draw_timelines, say_timeline, timeline
 from .probe_disk import DiskProbe
@@ -262,4 +263,24 @@ def hit_rate_explorer(
         controls,
         lambda *choice: draw_setting(view(*choice)),
         lambda *choice: say_setting(view(*choice)),
+    )
+
+
+def flash_explorer(found: Tradeoffs, window: int, threshold: float) -> Explorer:
+    """Window and threshold against bytes, recall and perplexity, for one text.
+
+    found: from `flash_views.tradeoffs`; window and threshold are among its settings.
+    """
+    controls = {
+        "window": SelectionSlider(
+            options=found.windows, value=window, description="window"
+        ),
+        "threshold": SelectionSlider(
+            options=found.thresholds, value=threshold, description="threshold"
+        ),
+    }
+    return Explorer(
+        controls,
+        lambda *choice: draw_tradeoff(found, *choice),
+        lambda *choice: say_tradeoff(found, *choice),
     )
