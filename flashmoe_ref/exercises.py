@@ -21,6 +21,7 @@ from .overlap import Ahead, Layer, pays
 from .policies import LruSlots
 from .predictors import quality
 from .quantize import pack
+from .sparsity import Window
 from .toy import balance_loss
 
 BIG = PRESETS["qwen3.5-397b-a17b"]
@@ -282,6 +283,29 @@ def _unbeaten() -> Cases:
     ]
 
 
+def _reads_of_window() -> Cases:
+    rng = np.random.default_rng(0)
+    drawn = rng.random((12, 20)) < 0.3
+    texts = [[set(np.flatnonzero(row).tolist()) for row in drawn]]
+    texts.append([{1, 2}, {2, 3}, {1}, {1}])
+    cases = []
+    for wanted, k in ((texts[0], 0), (texts[0], 3), (texts[1], 1), (texts[1], 2)):
+        window = Window(k, 20)
+        masks = ([i in ids for i in range(20)] for ids in wanted)
+        reads = [len(window.advance(np.array(mask))[0]) for mask in masks]
+        cases.append(((wanted, k), reads))
+    return cases
+
+
+def _delete_by_swap() -> Cases:
+    return [
+        (([5, 6, 7, 8], 5), [8, 6, 7]),
+        (([5, 6, 7, 8], 7), [5, 6, 8]),
+        (([5, 6], 6), [5]),
+        (([9], 9), []),
+    ]
+
+
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
@@ -305,4 +329,6 @@ CASES = {
     "10.2": _unbeaten,
     "7.1": _count_reads,
     "7.2": _count_spoiled,
+    "11.1": _reads_of_window,
+    "11.2": _delete_by_swap,
 }
