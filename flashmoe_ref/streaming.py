@@ -237,11 +237,13 @@ class ExpertStore:
 
     def _let_end(self, futures: Sequence[Future]) -> None:
         """Wait until reads are over, whatever came of them."""
-        if not futures:
+        if all(future.done() for future in futures):
             return
+        self.recorder.lap(REQUEST)
         start = time.perf_counter()
         wait(futures)
         self.counters.wait_s += time.perf_counter() - start
+        self.recorder.lap(WAIT)
 
     def prefetch(
         self, layer: int, experts: Sequence[int], scores: np.ndarray | None = None

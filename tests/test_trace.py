@@ -2,7 +2,9 @@
 
 import json
 import zipfile
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -375,6 +377,22 @@ def test_arrays_of_other_names_are_ignored(tmp_path):
     by_hand().save(tmp_path / "t.npz")
     np.savez(tmp_path / "t.npz", more=np.ones(3), **np.load(tmp_path / "t.npz"))
     assert equal(Trace.load(tmp_path / "t.npz"), by_hand())
+
+
+def test_waiting_for_a_read_ahead_to_end_counts_as_waiting(tiny: Path) -> None:
+    with load(tiny, engine="numpy", slots=5) as model:
+        store, late = model.store, Future()
+        store.recorder = recorder = Recorder(N_LAYERS, K)
+        recorder.begin([1], 0)
+        timer = Timer(0.05, late.set_result, [0.0])
+        timer.start()
+        store._let_end([late])
+        timer.join()
+        store._let_end([late])  # it is over: no span of nothing
+    kinds, _, seconds = zip(*recorder.laps, strict=True)
+    assert kinds == (recording.BEGIN, recording.REQUEST, recording.WAIT)
+    assert seconds[2] - seconds[1] > 0.04 > seconds[1] - seconds[0]
+    assert store.counters.wait_s > 0.04
 
 
 # --- tables ---------------------------------------------------------------------------
