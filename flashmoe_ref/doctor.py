@@ -366,7 +366,7 @@ def readable(found: Diagnosis) -> str:
         text = f"  {change.name:28}x {change.gain:.2f}   {_short(change.tok_s)} tok/s"
         lines.append(text + (f"   {change.quality}" if change.quality else ""))
     if any(change.quality for change in found.changes):
-        lines.append("  (quality: of the reduced model in data/results/sweep.csv)")
+        lines.append("  (quality: of the reduced model, against all K as trained)")
     return "\n".join([*lines, "", *(f"note: {note}" for note in found.notes)])
 
 

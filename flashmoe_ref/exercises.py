@@ -5,6 +5,7 @@ It prints and never raises, so that a notebook with untouched exercises runs thr
 *Used in all notebooks.*
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -306,6 +307,26 @@ def _delete_by_swap() -> Cases:
     ]
 
 
+def _token_seconds() -> Cases:
+    cases = []
+    for rates, hit in (((240.0, 5.5, 38.0), 0.7), ((45.0, 1.9, 7.0), 0.0)):
+        read_gb, picked_gb, sync_s = 4.94, 1.7, 0.06
+        compute, disk, copy = rates
+        expected = (read_gb + picked_gb) / compute + sync_s
+        expected += (1 - hit) * picked_gb / disk + hit * picked_gb / copy
+        cases.append(((read_gb, picked_gb, sync_s, hit, compute, disk, copy), expected))
+    return cases
+
+
+def _disk_for() -> Cases:
+    return [
+        ((10.0, 0.06, 0.8), 0.8 / 0.04),
+        ((2.0, 0.1, 1.2), 3.0),
+        ((10.0, 0.12, 0.8), math.inf),  # too slow before the disk is asked
+        ((10.0, 0.06, 0.0), 0.0),
+    ]
+
+
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
@@ -331,4 +352,6 @@ CASES = {
     "7.2": _count_spoiled,
     "11.1": _reads_of_window,
     "11.2": _delete_by_swap,
+    "12.1": _token_seconds,
+    "12.2": _disk_for,
 }

@@ -246,6 +246,20 @@ def tokens_per_second(run: Run, c: Coefficients) -> Values:
     return 1 / sum(token_seconds(run, c).values())
 
 
+def disk_needed(run: Run, c: Coefficients, tok_s: float) -> float:
+    """GB/s of expert-sized reads for so many tokens a second, one run (no arrays).
+
+    Returns: 0 if nothing is missed; inf where the rest of a token takes too long.
+    """
+    parts = {name: float(part) for name, part in token_seconds(run, c).items()}
+    missed_gb = (1 - float(hit_rates(run, c.hit_scale)[1])) * run.picked_gb
+    rest_s = sum(parts.values()) - parts["disk"]
+    left_s = 1 / tok_s - rest_s
+    if parts["paging"] or left_s <= 0:
+        return float("inf")
+    return missed_gb / left_s
+
+
 def prompt_seconds(run: Run, sizes: Sizes, n_tokens: int, c: Coefficients) -> float:
     """Seconds of a prompt, expert by expert: each is read once a chunk and layer.
 
