@@ -213,6 +213,13 @@ def run_doctor(args: Namespace) -> None:
     run(args, _model_folder(args), say)
 
 
+def run_rehearse(args: Namespace) -> None:
+    """Run a published shape with random weights."""
+    from .cli_rehearse import run
+
+    run(args, say)
+
+
 COMMANDS = {
     "generate": run_generate,
     "chat": run_chat,
@@ -225,6 +232,7 @@ COMMANDS = {
     "probe": run_probe,
     "doctor": run_doctor,
     "evaluate": run_evaluate,
+    "rehearse": run_rehearse,
 }
 
 

@@ -14,6 +14,7 @@ from . import (
     cli_doctor,
     cli_evaluate,
     cli_probe,
+    cli_rehearse,
     cli_routing,
 )
 
@@ -134,6 +135,8 @@ def build_parser() -> Parser:
     doctor = _command(commands, "doctor", cli_doctor.ABOUT, cli_doctor.EXAMPLES)
     _add_model_argument(doctor, "its folder, or the name of a published model")
     cli_doctor.add_options(doctor)
+    about, examples = cli_rehearse.ABOUT, cli_rehearse.EXAMPLES
+    cli_rehearse.add_options(_command(commands, "rehearse", about, examples))
     about, examples = cli_evaluate.ABOUT, cli_evaluate.EXAMPLES
     evaluate = _command(commands, "evaluate", about, examples)
     _add_model_argument(evaluate, "its folder")

@@ -16,11 +16,11 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig, read_json
 from .errors import CheckpointError
 from .headers import DTYPES, TensorInfo
+from .naming import PACKED_FOLDER
 from .quantize import QuantizedMatrix, infer_quantization
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 KINDS = ("weight", "scales", "biases")
-PACKED_FOLDER = "packed_experts"
 LAYOUT_NAME = "layout.json"
 
 
@@ -92,7 +92,15 @@ class ExpertFiles:
 
 
 def experts_in_place(checkpoint: Checkpoint) -> ExpertFiles:
-    """Find every expert inside the checkpoint's own files."""
+    """Find every expert inside the checkpoint's own files.
+
+    Raises: CheckpointError if they are in packed files only.
+    """
+    if checkpoint.layout == "packed":
+        raise CheckpointError(
+            f"{checkpoint.path}: its experts are in {PACKED_FOLDER} only; use "
+            f"experts='packed' (--experts packed)"
+        )
     files: dict[Path, int] = {}
     formats, runs = [], []
     for layer in range(checkpoint.config.num_hidden_layers):

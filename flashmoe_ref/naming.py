@@ -15,6 +15,7 @@ from .config import ModelConfig
 from .errors import CheckpointError
 from .headers import TensorInfo
 
+PACKED_FOLDER = "packed_experts"  # see experts.py
 _PREFIXES = (
     "model.language_model.",
     "language_model.model.",
@@ -63,8 +64,9 @@ def canonical_name(name: str, where: Path) -> str | None:
 
 
 def find_layout(path: Path, found: dict[str, TensorInfo]) -> str:
-    """Which of the three layouts the routed experts are in: hf, hf-per-expert, mlx.
+    """Which layout the routed experts are in: hf, hf-per-expert, mlx, or packed.
 
+    Packed: none in the shards, but there is a folder of packed experts beside them.
     Raises: CheckpointError if there are no experts, or layouts are mixed.
     """
     kinds = {
@@ -77,6 +79,8 @@ def find_layout(path: Path, found: dict[str, TensorInfo]) -> str:
         for layout, pattern in kinds.items()
         if any(pattern.search(name) for name in found)
     ]
+    if not seen and (path / PACKED_FOLDER).is_dir():
+        return "packed"
     if not seen:
         raise CheckpointError(
             f"{path}: holds no routed experts; it is no Mixture-of-Experts model, "

@@ -47,11 +47,13 @@ def write_random(
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
+    experts: bool = True,
 ) -> Path:
     """Write a checkpoint of random weights of this shape in MLX's layout.
 
     bits are those of the routed experts, dense_bits of the rest; gates have 8. The same
-    seed gives the same bytes. A run that was cut off goes on if it is called again.
+    seed gives the same bytes. Without experts, those are left to `folding.py`. A run
+    that was cut off goes on if it is called again.
     Raises: ConfigError for widths that do not exist; PackError if there is no room, or
             the folder holds something else.
     """
@@ -60,6 +62,8 @@ def write_random(
         check_settings(width, group_size, shard_bytes)
     modules, widths = [], {}
     for number, (name, shape) in enumerate(_sorted_shapes(config)):
+        if ".mlp.experts." in name and not experts:
+            continue
         path = target_name(config, name)
         if _is_quantized(name, shape, group_size):
             widths[path] = (_bits_of(name, bits, dense_bits), group_size)
@@ -125,15 +129,16 @@ def _quantized(
     n_rows, n_in = int(np.prod(shape[:-1])), shape[-1]
     step = max(1, BLOCK_BYTES * 8 // (n_in * width[0]))
     blocks = [
-        partial(_random_rows, min(step, n_rows - first), n_in, width, (*seed, first))
+        partial(random_rows, min(step, n_rows - first), n_in, width, (*seed, first))
         for first in range(0, n_rows, step)
     ]
     return NewModule(tensors, n_rows * n_in, tuple(blocks))
 
 
-def _random_rows(
+def random_rows(
     n_rows: int, n_in: int, width: tuple[int, int], seed: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Words, scales and biases of rows of about unit length; width: (bits, group)."""
     bits, group_size = width
     rng = np.random.default_rng(seed)
     words = rng.integers(0, 1 << 32, (n_rows, n_in * bits // 32), np.uint32)

@@ -183,12 +183,12 @@ def _write_shard(path: Path, shard: Shard, bar: tqdm) -> None:
         bar.update(file.write(HEADER_PART, shard.header))
         blocks = (block for module in shard.modules for block in module.blocks)
         owners = (module for module in shard.modules for _ in module.blocks)
-        for module, arrays in zip(owners, _in_order(blocks), strict=True):
+        for module, arrays in zip(owners, in_order(blocks), strict=True):
             for tensor, array in zip(module.tensors, arrays, strict=True):
                 bar.update(file.write(tensor.name, array))
 
 
-def _in_order(blocks: Iterable[Block]) -> Iterator[tuple[np.ndarray, ...]]:
+def in_order(blocks: Iterable[Block]) -> Iterator[tuple[np.ndarray, ...]]:
     """Results of the blocks, in order; a few are worked on at the same time."""
     with ThreadPoolExecutor(N_WORKERS) as pool:
         running: deque = deque()
