@@ -8,7 +8,7 @@ engine all of these give the same logits to the bit; the engines agree up to rou
 
 import time
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
@@ -24,7 +24,7 @@ from .policies import most_frequent
 from .predictors import make_predictor
 from .report import Meter, Report, make_report
 from .routing_cut import RoutingCut, make_cut
-from .slots import Allocate, allocate_numpy
+from .slots import MakeBank, SlotBank
 from .streaming import Counters, ExpertStore
 
 ENGINES = ("auto", "numpy", "mlx")
@@ -99,8 +99,8 @@ def load(
             )
         caching = Caching(slots=config.num_experts)
     engine = _choose_engine(engine)
-    files, allocate = _expert_files(checkpoint, experts), _allocator(engine)
-    store = ExpertStore(files, config, allocate, caching, threads, bypass_page_cache)
+    files, make_bank = _expert_files(checkpoint, experts), _bank_maker(engine)
+    store = ExpertStore(files, config, make_bank, caching, threads, bypass_page_cache)
     try:
         if experts == "resident":
             store.fill()
@@ -211,12 +211,13 @@ def _expert_files(checkpoint: Checkpoint, experts: str) -> ExpertFiles:
     return experts_in_place(checkpoint)
 
 
-def _allocator(engine: str) -> Allocate:
-    if engine == "mlx":
-        from .mlx_model import allocate
+def _bank_maker(engine: str) -> MakeBank:
+    if engine != "mlx":
+        return SlotBank
+    from .cuda_slots import CudaSlotBank, is_needed
+    from .mlx_model import allocate
 
-        return allocate
-    return allocate_numpy
+    return CudaSlotBank if is_needed() else partial(SlotBank, allocate=allocate)
 
 
 def _build(

@@ -28,7 +28,9 @@ def allocate_numpy(shape: tuple[int, ...], dtype: np.dtype) -> tuple:
 class SlotBank:
     """Memory for n_slots experts of one format, in arrays of the engine."""
 
-    def __init__(self, fmt: ExpertFormat, n_slots: int, allocate: Allocate) -> None:
+    def __init__(
+        self, fmt: ExpertFormat, n_slots: int, allocate: Allocate = allocate_numpy
+    ) -> None:
         self.format = fmt
         self.n_slots = n_slots
         self.arrays: dict[str, object] = {}  # part name -> (slots, *part shape)
@@ -41,6 +43,9 @@ class SlotBank:
         self.granules = [gcd(v.ctypes.data, v.shape[1]) for v in views]
         # [slot][part]: made once, a memoryview costs more than a small read
         self.views = [[memoryview(v[slot]) for v in views] for slot in range(n_slots)]
+
+    def arrived(self, slot: int) -> None:
+        """Called when a slot's views have been filled: here the bytes are in place."""
 
     @property
     def n_bytes(self) -> int:
@@ -55,6 +60,10 @@ class SlotBank:
         """Whether a read of a run needs no buffer where blocks must be whole."""
         granules = self.granules[run.first : run.last]
         return offset % block == 0 and all(g % block == 0 for g in granules)
+
+
+# Makes a bank of so many slots: SlotBank, or another of the same kind.
+MakeBank = Callable[[ExpertFormat, int], SlotBank]
 
 
 def kinds_of(formats: Sequence[ExpertFormat]) -> list[int]:

@@ -29,7 +29,7 @@ from .experts import ExpertFiles
 from .policies import LruSlots, Slots
 from .reading import open_file, read_exactly, read_through_buffer
 from .recording import REQUEST, SILENT, WAIT, Silent
-from .slots import Allocate, SlotBank, allocate_numpy, kinds_of
+from .slots import MakeBank, SlotBank, kinds_of
 
 INLINE_BYTES = 1 << 20  # fewer missing bytes are read at once: handing over costs more
 
@@ -99,7 +99,7 @@ class ExpertStore:
         self,
         files: ExpertFiles,
         config: ModelConfig,
-        allocate: Allocate = allocate_numpy,
+        make_bank: MakeBank = SlotBank,
         caching: Caching = Caching(),  # noqa: B008 (it is frozen)
         threads: int = 4,
         bypass_page_cache: bool = False,
@@ -115,7 +115,7 @@ class ExpertStore:
         self.inline_bytes = INLINE_BYTES
         self.counters = Counters()
         self.recorder = SILENT  # see trace.record
-        self._banks = self._make_banks(allocate, kinds)
+        self._banks = self._make_banks(make_bank, kinds)
         self._caches = caching.make_caches(*shape, kinds)  # by layer, perhaps the same
         step = n_experts if caching.is_shared else 0
         self._first_key = [layer * step for layer in range(self.n_layers)]
@@ -134,15 +134,15 @@ class ExpertStore:
             self.close()
             raise
 
-    def _make_banks(self, allocate: Allocate, kinds: list[int]) -> list[SlotBank]:
+    def _make_banks(self, make_bank: MakeBank, kinds: list[int]) -> list[SlotBank]:
         caching, formats = self.caching, self.files.formats
         if caching.slots is not None:
-            return [SlotBank(fmt, caching.slots, allocate) for fmt in formats]
+            return [make_bank(fmt, caching.slots) for fmt in formats]
         sizes = dict.fromkeys(kinds, self.capacity)
         if caching.is_shared:
             sizes = caching.shares(kinds)
         banks = {
-            kind: SlotBank(formats[kinds.index(kind)], n_slots, allocate)
+            kind: make_bank(formats[kinds.index(kind)], n_slots)
             for kind, n_slots in sizes.items()
         }
         return [banks[kind] for kind in kinds]
@@ -324,6 +324,7 @@ class ExpertStore:
                         f"{layer} failed ({error.strerror or error}); was the file "
                         f"changed? check it with 'flashmoe verify'"
                     ) from None
+            bank.arrived(slot)
             clock.append(time.perf_counter())
         self.recorder.read(layer, jobs, start, clock)
         with self._lock:
