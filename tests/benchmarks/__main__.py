@@ -4,6 +4,7 @@ import argparse
 
 from . import (
     bench_engines,
+    bench_gpu,
     bench_import,
     bench_kernels,
     bench_limit,
@@ -18,6 +19,7 @@ BENCHMARKS = {
     "limit": bench_limit.main,
     "import": bench_import.main,
     "kernels": bench_kernels.main,
+    "gpu": bench_gpu.main,
 }
 
 
