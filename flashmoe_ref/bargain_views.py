@@ -31,11 +31,11 @@ QUALITIES = {
     "tool_parses": ("tool calls that parse", "%", False),
 }
 FAMILIES = {  # name -> colour and marker
-    "fixed K, 4 bits": (plots.BLUE, "o"),
-    "K corrected by a scale": (plots.GREEN, "^"),
-    "weights as routed": (plots.BLACK, "X"),
+    "K at 4 bits": (plots.BLUE, "o"),
+    "K, not louder": (plots.GREEN, "^"),
     "adaptive K": (plots.PURPLE, "D"),
-    "fewer bits": (plots.VERMILLION, "s"),
+    "3 bits": (plots.BLACK, "X"),
+    "2 bits": (plots.VERMILLION, "s"),
 }
 
 
@@ -80,13 +80,11 @@ def display_name(row: Mapping[str, str]) -> str:
 
 def _family(row: Mapping[str, str]) -> str:
     setting = from_row(row)
-    if not setting.is_stored:
-        return "fewer bits"
-    if setting.kept == "scaled":
-        return "K corrected by a scale"
-    if setting.kept == "as-routed":
-        return "weights as routed"
-    return "adaptive K" if setting.mass is not None else "fixed K, 4 bits"
+    if setting.bits in (2, 3):
+        return f"{setting.bits} bits"
+    if setting.mass is not None:
+        return "adaptive K"
+    return "K at 4 bits" if setting.kept == "renormalized" else "K, not louder"
 
 
 def frontier(found: Sequence[Point], less_is_better: bool) -> list[Point]:

@@ -37,6 +37,7 @@ ROWS = [
     row(Setting(k=4, kept="as-routed"), 0.8e6, 0.2, 0.8),
     row(Setting(mass=0.7), 1.2e6, 0.2, 0.9),
     row(Setting(k=10, bits=2, rule="minmax"), 1.0e6, 0.05, 0.95),
+    row(Setting(k=10, bits=3), 1.5e6, 0.01, 0.95),
 ]
 
 
@@ -46,7 +47,7 @@ ROWS = [
 def test_frontier_by_hand() -> None:
     found = views.points(ROWS, "cost_nats")
     names = [point.name for point in frontier(found, True)]
-    assert names == ["K=4, scaled", "K=10, 2 bits minmax", "K=10"]
+    assert names == ["K=4, scaled", "K=10, 2 bits minmax", "K=10, 3 bits mlx", "K=10"]
     percent = views.points(ROWS, "json_right")
     assert [p.quality for p in frontier(percent, False)] == [90, 95, 100]
 
@@ -54,7 +55,7 @@ def test_frontier_by_hand() -> None:
 def test_families() -> None:
     families = [point.family for point in views.points(ROWS, "cost_nats")]
     assert set(families) == set(views.FAMILIES)
-    assert families[0] == families[1] == "fixed K, 4 bits"
+    assert families[0] == families[1] == "K at 4 bits"
 
 
 @given(
