@@ -153,6 +153,8 @@ def test_frames_end_with_what_the_slots_hold(
         frames = bank_frames(trace, model.store.caching, len(trace.steps) - 1)
         assert [frame.layer for frame in frames] == sorted(f.layer for f in frames)
         for layer, held in enumerate(frames[-1].held):
+            live = model.store._caches[layer]
+            assert set(held) - {NONE} == {*live.slots, *live.pinned}
             for slot, expert in enumerate(held):
                 if expert != NONE:
                     assert _in_slot(model, layer, slot) == _on_disk(
