@@ -180,10 +180,11 @@ def fit_hits(folder: Path = DATA, without: str | None = None) -> float:
     return _best_scale(fraction, k, hits, weights)
 
 
-def scale_of_trace(trace: Trace) -> float:
+def scale_of_trace(trace: Trace, n_tokens: int | None = None) -> float:
     """The same from a recorded run: what the least recently used policy would hit."""
-    _t, n_layers, k = trace.picks.shape
-    requests = decode_requests(trace.picks, trace.n_experts)
+    picks = trace.picks[:n_tokens]
+    _t, n_layers, k = picks.shape
+    requests = decode_requests(picks, trace.n_experts)
     shares = np.array([s for s in TRACE_SHARES if s * trace.n_experts > k])
     slots = (shares * n_layers * trace.n_experts).astype(int)
     hits = [simulate(requests, "lru", int(n), shared=True).hit_rate for n in slots]

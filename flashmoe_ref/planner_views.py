@@ -83,7 +83,8 @@ def hit_curves() -> list[HitCurve]:
         k = int(mine[0]["k"])
         share = k / sizes_of_published(model).n_experts
         points = [[float(r[key]) for r in mine] for key in ("fraction", "hit_rate")]
-        author = source.split("/")[0].removesuffix(" issue 2595")
+        author = source.removesuffix("/flash-moe").removesuffix(" issue 2595")
+        author = author.removeprefix("JustVugg/")
         name = f"{SHORT_NAMES[model]} K={k}, {author}"
         curves.append(HitCurve(name, share, *map(np.array, points)))
     return curves
@@ -140,7 +141,7 @@ def draw_parts(
     for y, end, p in zip(at, left, predictions.values(), strict=True):
         ax.text(end, y, f"  {p.tok_s:.2g} tok/s", va="center", fontsize=plots.TICK_PT)
     ax.set_yticks(at, list(predictions))
-    ax.set(xlabel="ms a token", xlim=(0, 1.22 * left.max()))
+    ax.set(xlabel="ms a token", xlim=(0, 1.35 * left.max()))
     ax.grid(False, axis="y")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02))
     ax.set_title(title)

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,16 +215,11 @@ def test_a_source_is_predicted_without_its_rows(monkeypatch):
 
 def test_a_trace_gives_its_own_hit_curve():
     local, spread = (Trace.load(TRACES / f"{n}_k10.npz") for n in ("stories", "tools"))
-    scales = [scale_of_trace(replace_picks(t, 1500)) for t in (local, spread)]
+    scales = [scale_of_trace(t, 1500) for t in (local, spread)]
     assert scales[0] < scales[1]  # one story repeats its experts, many requests do not
     share, k = 0.5, 10 / 128
     assert 0.75 < hit_rate(share, k, scales[0]) < 0.95
     assert 0.5 < hit_rate(share, k, scales[1]) < 0.75
-
-
-def replace_picks(trace, n):
-    """The first n tokens."""
-    return SimpleNamespace(picks=trace.picks[:n], n_experts=trace.n_experts)
 
 
 # --- the published rows ---------------------------------------------------------------
