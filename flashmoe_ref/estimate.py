@@ -17,7 +17,7 @@ from . import evaluate, quantize
 from .engine import Model, load
 from .experts import PROJECTIONS
 from .measures import CONTINUED, PROMPT_TOKENS, SPEED_TOKENS, Tasks
-from .settings import Setting
+from .settings import Setting, check_experts
 from .structured_runs import choose_prompts, count_tokens, load_prompts
 
 SAMPLE_READ, SAMPLE_WRITTEN = 256, 16  # tokens
@@ -77,6 +77,7 @@ def estimate(
     start = time.perf_counter()
     with load(model_dir, tasks.engine, tasks.experts) as model:
         load_s = time.perf_counter() - start
+        check_experts(settings, model.checkpoint.config)
         texts = [
             evaluate.read_text(model, path, tasks.n_tokens)[0] for path in tasks.texts
         ]

@@ -2,7 +2,7 @@
 
 A setting is a line of a CSV file, or made in code. What it leaves empty stays as the
 model has it, so one list of settings serves every model.
-**But:** says what is wanted; `requantize` and `load` check whether it can be.
+**But:** says what is wanted; whether a model allows it, `requantize` and `load` know.
 *Used in notebooks/10.*
 """
 
@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from .config import ModelConfig
 from .errors import ConfigError
+from .quantize import BITS, GROUP_SIZES, RULES
 
 KEPT = ("renormalized", "as-routed", "scaled")
 
@@ -34,8 +36,17 @@ class Setting:
     mass: float | None = None  # adaptive: the share of the router's weight to keep
 
     def __post_init__(self) -> None:
-        if self.kept not in KEPT:
-            raise ConfigError(f"kept={self.kept!r} is not one of {', '.join(KEPT)}")
+        for name, value, choices in (
+            ("kept", self.kept, KEPT),
+            ("rule", self.rule, tuple(RULES)),
+            ("bits", self.bits, (None, *BITS)),
+            ("group_size", self.group_size, (None, *GROUP_SIZES)),
+        ):
+            if value not in choices:
+                known = ", ".join(str(c) for c in choices if c is not None)
+                raise ConfigError(f"{name}={value!r} is not one of {known}")
+        if self.mass is not None and not 0 < self.mass <= 1:
+            raise ConfigError(f"mass={self.mass} is outside 0..1")
         stored = (self.group_size, self.down_bits, self.dense_bits, self.router_bits)
         if self.bits is None and any(value is not None for value in stored):
             raise ConfigError(
@@ -127,6 +138,16 @@ def read_settings(path: str | Path) -> list[Setting]:
     if not found:
         raise ConfigError(f"{path}: holds no settings")
     return unique(found)
+
+
+def check_experts(settings: Iterable[Setting], config: ModelConfig) -> None:
+    """Refuse, before anything is measured, a k that the model does not have.
+
+    Raises: ConfigError.
+    """
+    for setting in settings:
+        if setting.k is not None:
+            config.with_experts_per_token(setting.k)
 
 
 def unique(settings: Iterable[Setting]) -> list[Setting]:

@@ -28,7 +28,7 @@ from .errors import ConfigError, PackError
 from .headers import read_header
 from .measures import Baseline, Tasks, make_baseline, measure
 from .requantize import requantize
-from .settings import Setting, from_row
+from .settings import Setting, check_experts, from_row
 from .structured_runs import Outcome, as_record
 
 END_BYTES = 1 << 16  # of each file's end, for a model's fingerprint
@@ -52,6 +52,7 @@ def sweep(
             PackError if there is no room for what has to be written meanwhile.
     """
     model_dir, table = Path(model_dir), Path(table)
+    check_experts(settings, Checkpoint.open(model_dir).config)
     given = provenance(model_dir, tasks)
     with _own_folder(table) as work:
         done = _finished(table, given)

@@ -62,8 +62,9 @@ def test_a_setting_comes_back_from_its_row() -> None:
 def test_settings_that_cannot_be_meant(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give bits, too"):
         Setting(router_bits=4)
-    with pytest.raises(ConfigError, match="kept='louder'"):
-        Setting(kept="louder")
+    for wrong in ({"kept": "louder"}, {"rule": "best"}, {"bits": 16}, {"mass": 1.5}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(wrong))}="):
+            Setting(**wrong)
     path = tmp_path / "s.csv"
     for text, message in (
         ("k,speed\n4,1\n", "must name columns"),
@@ -286,6 +287,12 @@ def test_evaluate_prints_a_table_and_writes_it(
 
 
 def test_evaluate_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixture) -> None:
-    options = ["evaluate", str(REDUCED), "--router-bits", "4", "--estimate"]
-    assert cli.main(options) == 2
-    assert "give bits, too" in capsys.readouterr().err
+    for options, message in (
+        (["--router-bits", "4"], "give bits, too"),
+        (["--k", "11"], "11"),
+        (["--rule", "best"], "mlx, minmax, least_squares"),
+    ):
+        begun = ["evaluate", str(REDUCED), *options, "--estimate"]
+        assert cli.main(begun) == 2
+        shown = capsys.readouterr().err
+        assert message in shown and shown.count("\n") == 1
