@@ -9,6 +9,7 @@ Follows arXiv 2312.11514, section 3 and table 2. **But:** decoding, one token at
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from .neuron_store import (
     write_stored,
 )
 from .relu_model import ReluModel, neurons_add
-from .sparsity import Predictor, Window, loads
+from .sparsity import Predictor, Window, loads, masked
 
 TRUNK = "trunk.bin"  # embedding, attention and norms: what the naive rung reads too
 
@@ -218,3 +219,15 @@ def expected_bytes(model: ReluModel, rung: Rung, chosen: np.ndarray) -> np.ndarr
     rest = parts["feed-forward"] - first * len(model.layers) * model.config.neuron_bytes
     trunk = 0 if rung.resident else sum(parts.values()) - parts["feed-forward"]
     return np.full(n_tokens, rest + trunk)
+
+
+def expected_of_text(
+    model: ReluModel, rung: Rung, ids: Sequence[int], predictor: Predictor
+) -> np.ndarray:
+    """The same for a text, whose masks are found by running it in memory.
+
+    Shapes: ids (T,) -> (T,).
+    """
+    feed_forward, log = masked(model, predictor, rung.window)
+    model.forward(ids, model.new_state(), feed_forward)
+    return expected_bytes(model, rung, np.array([chosen for chosen, _ in log]))

@@ -135,7 +135,7 @@ def draw_waterfall(
         ax.invert_yaxis()
         ax.grid(False, axis="y")
         ax.margins(x=0.16)
-        ax.set_title(fill(text, 44))
+        ax.set_title(fill(text, 38))
         ax.set_xlabel("ms a token")
     return np.array([ours, theirs])
 
@@ -149,6 +149,7 @@ def _connect(ax: Axes, totals: np.ndarray) -> None:
             xytext=(5, 0),
             textcoords="offset points",
             va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )
         if i + 1 < len(totals):
             ax.plot([total, total], [i + 0.4, i + 1.4], color=plots.BLACK, lw=1, ls=":")
@@ -169,10 +170,14 @@ def draw_chunks(probe: DiskProbe, mode: str, steps: Sequence[Step], title: str) 
     ax = plots.lines(
         series, title=title, x="KiB of a read", y="GB/s", log_x=True, log_y=True
     )
-    for step in steps:
+    placed: list[tuple[float, float]] = []
+    for step in sorted(steps, key=lambda step: step.rate_gb_s):
         at = (step.read_bytes / 1024, step.rate_gb_s)
         ax.plot(*at, "*", color=plots.PURPLE, markersize=16, mec=plots.BLACK)
-        ax.annotate(step.name, at, xytext=(8, -14), textcoords="offset points")
+        close = [(x, y) for x, y in placed if 0.5 < x / at[0] < 2 and at[1] / y < 1.6]
+        above = 9 if close else -9  # its text must not lie on a neighbour's
+        ax.annotate(step.name, at, xytext=(11, above), textcoords="offset points")
+        placed.append(at)
     low = min([step.read_bytes / 1024 for step in steps], default=4)
     ax.set_xlim(left=low / 1.6)
     ax.set_xticks([1, 4, 16, 64, 256, 1024], minor=False)
@@ -236,27 +241,32 @@ def say_tradeoff(found: Tradeoffs, window: int, threshold: float) -> str:
 
 
 def draw_tradeoff(found: Tradeoffs, window: int, threshold: float) -> np.ndarray:
-    """Bytes, recall and perplexity by threshold, a line for each window."""
+    """Recall and perplexity against bytes; a line for each window, a ring at a choice.
+
+    Along a line the threshold rises to the left; its values stand at the first line.
+    """
     at = found.at(window, threshold)
-    _, axes = plots.figure(3, height=4.6)
-    tables = (found.mb, 100 * found.recall, found.perplexity)
+    _, axes = plots.figure(2, height=4.6)
+    tables = (100 * found.recall, found.perplexity)
     texts = (
-        ("A longer window reads less", "MB read a token"),
-        ("... and keeps more of what is needed", "active neurons in memory (%)"),
-        ("... so the text is predicted better", "perplexity"),
+        ("A window keeps more of what is needed", "active neurons in memory (%)"),
+        ("What is missing costs perplexity", "perplexity"),
     )
     for ax, table, (title, y) in zip(axes, tables, texts, strict=True):
         for number, (k, row) in enumerate(zip(found.windows, table, strict=True)):
-            style = {
-                "marker": plots.MARKERS[number % 7],
-                "ls": plots.DASHES[number % 5],
-            }
-            colour = plots.COLOURS[number % 5]
-            ax.plot(found.thresholds, row, color=colour, label=f"window {k}", **style)
-        ax.plot(threshold, table[at], "o", ms=17, mfc="none", mec=plots.BLACK, mew=2)
-        ax.set_title(fill(title, 30))
-        ax.set_xlabel("threshold of the predictor")
+            colour, dashes = plots.COLOURS[number % 5], plots.DASHES[number % 5]
+            style = {"color": colour, "ls": dashes, "marker": plots.MARKERS[number % 7]}
+            ax.plot(found.mb[number], row, label=f"window {k}", **style)
+        ring = {"ms": 17, "mfc": "none", "mec": plots.BLACK, "mew": 2}
+        ax.plot(found.mb[at], table[at], "o", **ring)
+        for place in zip(found.mb[0], table[0], found.thresholds, strict=True):
+            ax.annotate(
+                f"{place[2]}", place[:2], xytext=(9, 3), textcoords="offset points"
+            )
+        ax.set_title(fill(title, 42))
+        ax.set_xlabel("MB read a token")
         ax.set_ylabel(y)
-    axes[2].axhline(found.dense, color=plots.BLACK, lw=1.5, ls=":", label="dense")
-    axes[2].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02))
+        ax.margins(x=0.1)
+    axes[1].axhline(found.dense, color=plots.BLACK, lw=1.5, ls=":", label="dense")
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02))
     return axes

@@ -27,6 +27,7 @@ from .slots import allocate_numpy
 
 LARGE_BYTES = 1 << 20  # of one read, where a whole range is wanted
 THREADS = 8  # as many reads are under way at once
+ROUNDS = 5  # of which the median counts
 SHARE = 4  # small reads a thread, at least: handing over takes as long as one
 NONE = -1  # no neuron, no row
 
@@ -166,6 +167,24 @@ class Reader:
         self._pool.shutdown()
         while self._files:
             os.close(self._files.pop()[0])
+
+
+def time_reads(path: Path, n: int, n_bytes: int, bypass_page_cache: bool) -> float:
+    """Seconds for n reads of n_bytes at random places of a file, each place once.
+
+    The median of ROUNDS rounds, all of them cold.
+    """
+    n_places = path.stat().st_size // n_bytes
+    reader = Reader([path], bypass_page_cache=bypass_page_cache)
+    times, out = [], allocate(n, n_bytes // 4)
+    for seed in range(ROUNDS):
+        places = np.random.default_rng(seed).permutation(n_places)[:n]
+        reader.evict()
+        before = reader.counters.read_s
+        reader.read(0, places * n_bytes, out)
+        times.append(reader.counters.read_s - before)
+    reader.close()
+    return float(np.median(times))
 
 
 class NeuronReader:

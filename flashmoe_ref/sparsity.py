@@ -16,11 +16,11 @@ import numpy as np
 from .errors import ConfigError
 from .headers import read_header
 from .layers import rms_norm
-from .neuron_store import NONE
 from .relu_model import FeedForward, ReluModel, mean_nats, read_rounded
 
 INPUTS = ("previous", "attention")  # what a predictor looks at
 EPS = 1e-6  # of the norm before a predictor
+NO_FRIEND = -1  # of a neuron that was never active
 
 
 # --- who will be active ---------------------------------------------------------------
@@ -207,12 +207,12 @@ def quality(
 def closest_friends(active: np.ndarray) -> np.ndarray:
     """For each neuron the other one that was active with it most often.
 
-    Shapes: active (T, F) bool -> (F,) ids; neurons that were never active get NONE.
+    Shapes: active (T, F) bool -> (F,) ids; NO_FRIEND for those that were never active.
     """
     together = active.T.astype(np.float32) @ active.astype(np.float32)  # (F, F) counts
     np.fill_diagonal(together, -1)
     friends = together.argmax(axis=1)
-    return np.where(active.any(axis=0), friends, NONE)
+    return np.where(active.any(axis=0), friends, NO_FRIEND)
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def load_with_friends(active: np.ndarray, friends: np.ndarray, k: int) -> Friend
                 continue
             friend = friends[neuron]
             reads, present[neuron] = reads + 1, True
-            if friend == NONE:
+            if friend == NO_FRIEND:
                 continue
             brought[friend] += 1
             there += present[friend]

@@ -13,7 +13,7 @@ from flashmoe_ref.neuron_store import write_neurons
 from flashmoe_ref.probe_disk import DiskProbe, DiskRate
 from flashmoe_ref.relu_model import ReluConfig, ReluModel, active_neurons, mean_nats
 from flashmoe_ref.sparsity import (
-    NONE,
+    NO_FRIEND,
     Predictor,
     closest_friends,
     load_with_friends,
@@ -78,7 +78,7 @@ def test_a_window_keeps_what_the_predictor_misses(
 def test_friends_by_hand() -> None:
     active = np.zeros((4, 5), bool)
     active[[0, 1, 2], 0] = active[[0, 1], 1] = active[2, 2] = active[3, 3] = True
-    assert closest_friends(active).tolist() == [1, 0, 0, 0, NONE]
+    assert closest_friends(active).tolist() == [1, 0, 0, 0, NO_FRIEND]
     active[0, 4] = active[3, 0] = True  # neuron 0 is everybody's friend
     friends = closest_friends(active)
     assert friends.tolist() == [1, 0, 0, 0, 0]
@@ -92,7 +92,7 @@ def test_friends_by_hand() -> None:
 
 def test_without_friends_nothing_changes(model: ReluModel) -> None:
     active = active_neurons(model, IDS)[0]
-    found = load_with_friends(active, np.full(40, NONE), 2)
+    found = load_with_friends(active, np.full(40, NO_FRIEND), 2)
     assert found.reads == loads(active, 2).sum() and found.most == 0
 
 

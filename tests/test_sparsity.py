@@ -13,6 +13,7 @@ from flashmoe_ref.flash_model import (
     FlashModel,
     Rung,
     expected_bytes,
+    expected_of_text,
     ladder,
     resident_neurons,
     trunk_of,
@@ -25,6 +26,7 @@ from flashmoe_ref.neuron_store import (
     Reader,
     Rebuilt,
     layer_files,
+    time_reads,
     write_neurons,
     write_stored,
 )
@@ -247,6 +249,7 @@ def test_large_ranges_come_as_they_are(tmp_path: Path) -> None:
     np.testing.assert_array_equal(out, values[10:])
     assert reader.counters.reads == 3 and reader.counters.bytes_read == out.nbytes
     reader.close()
+    assert 0 < time_reads(tmp_path / "a", 20, 4096, False) < 10
 
 
 def test_direct_reads_that_are_not_aligned(model: ReluModel, folder: Path) -> None:
@@ -339,6 +342,7 @@ def test_masked_text_equals_reading_neurons(model: ReluModel, folder: Path) -> N
     chosen = np.array([chosen for chosen, _ in log])
     read = [cost.bytes_read for _, cost in steps]
     assert read == expected_bytes(model, rung, chosen).tolist()
+    assert read == expected_of_text(model, rung, IDS, predictor).tolist()
     everyone = predictor.at(1e-9)
     assert everyone.choose(0, *np.ones((2, 1, 16), np.float32)).mean() > 0.9
     with pytest.raises(ConfigError, match="threshold=1"):
