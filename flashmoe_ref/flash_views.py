@@ -130,7 +130,7 @@ def draw_waterfall(
     theirs.barh(list(paper), list(paper.values()), color=plots.BLUE, edgecolor="white")
     _connect(theirs, np.array(list(paper.values())))
     ours.legend(loc="lower right")
-    titles = (title, "The paper: OPT-6.7B, M1 Max, reading only")
+    titles = (title, "The paper: OPT-6.7B, reading only")
     for ax, text in zip((ours, theirs), titles, strict=True):
         ax.invert_yaxis()
         ax.grid(False, axis="y")
@@ -176,7 +176,14 @@ def draw_chunks(probe: DiskProbe, mode: str, steps: Sequence[Step], title: str) 
         ax.plot(*at, "*", color=plots.PURPLE, markersize=16, mec=plots.BLACK)
         close = [(x, y) for x, y in placed if 0.5 < x / at[0] < 2 and at[1] / y < 1.6]
         above = 9 if close else -9  # its text must not lie on a neighbour's
-        ax.annotate(step.name, at, xytext=(11, above), textcoords="offset points")
+        side = ("right", -11) if at[0] > 300 else ("left", 11)
+        ax.annotate(
+            step.name,
+            at,
+            xytext=(side[1], above),
+            textcoords="offset points",
+            ha=side[0],
+        )
         placed.append(at)
     low = min([step.read_bytes / 1024 for step in steps], default=4)
     ax.set_xlim(left=low / 1.6)
@@ -261,7 +268,7 @@ def draw_tradeoff(found: Tradeoffs, window: int, threshold: float) -> np.ndarray
         ax.plot(found.mb[at], table[at], "o", **ring)
         for place in zip(found.mb[0], table[0], found.thresholds, strict=True):
             ax.annotate(
-                f"{place[2]}", place[:2], xytext=(9, 3), textcoords="offset points"
+                f"{place[2]}", place[:2], xytext=(6, 7), textcoords="offset points"
             )
         ax.set_title(fill(title, 42))
         ax.set_xlabel("MB read a token")
