@@ -157,10 +157,9 @@ def _check_disk(facts: ModelFacts, sizes: Sizes, machine: Machine) -> Check:
     need = (sizes.dense_bytes + sizes.routed_bytes) / GB
     if facts.n_files:
         return Check("disk", need, need, True, "the model is there")
-    if machine.disk_free_gb is None:
+    if (free := machine.disk_free_gb) is None:
         return Check("disk", need, math.nan, True, "room is not known")
-    fits = need <= machine.disk_free_gb
-    return Check("disk", need, machine.disk_free_gb, fits, "free now")
+    return Check("disk", need, free, need <= free, "free now")
 
 
 def _check_memory(sizes: Sizes, machine: Machine) -> list[Check]:
@@ -170,6 +169,9 @@ def _check_memory(sizes: Sizes, machine: Machine) -> list[Check]:
     have = USABLE * machine.memory_gb * MEMORY_GB
     note = f"of {machine.memory_gb:g} GB, {1 - USABLE:.0%} left to the system"
     checks = [Check("memory", need, have, need <= have, note)]
+    if machine.gpu_memory_gb is not None:
+        own = machine.gpu_memory_gb * MEMORY_GB
+        checks.append(Check("GPU memory", need, own, need <= own, "the card's own"))
     if machine.reclaimable_gb is not None:
         now = machine.reclaimable_gb
         note = "free now, or held by caches that give way"
@@ -206,6 +208,9 @@ def recommend(
             f"as stored and trained it would reach {speeds[0]:.1f} tok/s; this is the "
             f"least that has to be cut for {READABLE_TOK_S:g}"
         )
+    if rungs[chosen][1] < stored_bits(facts):
+        tool = "convert" if stored_bits(facts) == 16 else "requantize"
+        why.append(f"make the {rungs[chosen][1]} bits with 'flashmoe {tool}'")
     sizes = sizes_for(*rungs[chosen])
     slots, reason = _advise_slots(sizes, machine, c)
     source, packing = _advise_source(facts, sizes, machine)
@@ -230,6 +235,9 @@ def _advise_slots(
 ) -> tuple[int | None, str]:
     run = run_of(sizes, machine, slots_gb=math.inf)
     room = SLOTS_SHARE * float(split_memory(run).slots_gb) * GB
+    if machine.gpu_memory_gb is not None:
+        own = machine.gpu_memory_gb * MEMORY_GB * GB
+        room = min(room, own - sizes.dense_bytes - sizes.state_bytes - OVERHEAD_BYTES)
     slots = min(sizes.n_experts, int(room / sizes.n_layers / sizes.expert_bytes))
     if slots < sizes.k:
         return None, f"memory has no room for {sizes.k} slots of each layer"
@@ -278,13 +286,10 @@ def _changes(
         memory_gb_s=2 * machine.memory_gb_s,
         matvec_gb_s=machine.matvec_gb_s and 2 * machine.matvec_gb_s,
     )
+    disk = replace(machine, disk_gb_s=2 * machine.disk_gb_s)
     tried = [
         ("twice the memory", sizes, replace(machine, memory_gb=2 * machine.memory_gb)),
-        (
-            "a disk twice as fast",
-            sizes,
-            replace(machine, disk_gb_s=2 * machine.disk_gb_s),
-        ),
+        ("a disk twice as fast", sizes, disk),
         ("twice the memory bandwidth", sizes, faster),
     ]
     quality: dict[str, str | None] = {}
@@ -296,8 +301,8 @@ def _changes(
     for name, other, place in tried:
         slots = 0.0
         if advice.slots is not None:  # in as much memory as they may have there
-            run = run_of(other, place, math.inf)
-            slots = SLOTS_SHARE * float(split_memory(run).slots_gb)
+            found, _ = _advise_slots(other, place, c)
+            slots = (found or 0) * other.n_layers * other.expert_bytes / GB
         tok_s = predict(run_of(other, place, slots), c).tok_s
         changes.append(Change(name, tok_s, tok_s / now, quality.get(name)))
     return tuple(sorted(changes, key=lambda change: -change.gain))

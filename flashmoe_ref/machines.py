@@ -40,6 +40,8 @@ class Machine:
     disk_free_gb: float | None = None
     matvec_gb_s: float | None = None  # weights through matrix x vector, if probed
     copy_gb_s: float | None = None  # out of the page cache, if probed
+    gpu_memory_gb: float | None = None  # a discrete GPU's own: slots lie there
+    host_gb_s: float | None = None  # of the memory that caches files, if another
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,21 @@ class Chip:
     disk_gb_s: float
     source: str  # of the disk's rate
     is_measured: bool = False
+    gpu_memory_gb: float | None = None
 
 
 # Speed of one core to an M1's, by generation; after Geekbench 6, single core, rounded.
 M1, M2, M3, M4, M5, PC = 1.0, 1.1, 1.3, 1.6, 1.8, 1.3
+HOST_GB_S = 83  # two channels of DDR5-5200
 TYPICAL = "typical of reviews, no source of its own"
+
+
+def _card(
+    title: str, rate: float, memory: float, disk: float = 5.0, source: str = TYPICAL
+) -> Chip:
+    return Chip(title, "nvidia", rate, PC, disk, source, gpu_memory_gb=memory)
+
+
 CHIPS = {
     "m1": Chip("M1", "mac", 68, M1, 2.9, TYPICAL),
     "m1-pro": Chip("M1 Pro", "mac", 200, M1, 5.3, "awas-k/flash-moe-M1"),
@@ -80,12 +92,14 @@ CHIPS = {
     "a18-pro": Chip("A18 Pro", "mac", 60, 1.5, 1.6, TYPICAL),
     "a19": Chip("A19", "phone", 68, 1.5, 2.5, "Alexintosh/flash-moe"),
     "a19-pro": Chip("A19 Pro", "phone", 77, 1.6, 3.2, "DirectorFeng: 512 GB or more"),
-    "rtx-2080-ti": Chip("RTX 2080 Ti", "nvidia", 616, PC, 3.5, TYPICAL),
-    "rtx-3060": Chip("RTX 3060", "nvidia", 360, PC, 5.0, TYPICAL),
-    "rtx-4090": Chip("RTX 4090", "nvidia", 1008, PC, 7.0, "ssubbotin/flash-moe"),
+    "rtx-2080-ti": _card("RTX 2080 Ti", 616, 11),
+    "rtx-3060": _card("RTX 3060", 360, 12),
+    "rtx-4090": _card("RTX 4090", 1008, 24, 7.0, "ssubbotin/flash-moe"),
+    "rtx-5090": _card("RTX 5090", 1792, 32),
+    "h100": _card("H100", 3350, 80),
     "gb10": Chip("GB10", "nvidia", 273, PC, 5.58, "JustVugg/colibri", True),
     "strix-halo": Chip("Strix Halo", "pc", 256, PC, 3.27, "JustVugg/colibri", True),
-    "pc": Chip("PC, two channels of DDR5", "pc", 83, PC, 5.0, TYPICAL),
+    "pc": Chip("PC, two channels of DDR5", "pc", HOST_GB_S, PC, 5.0, TYPICAL),
     "snapdragon": Chip("Snapdragon, UFS 4", "phone", 68, PC, 4.0, "its rating"),
 }
 ON_CPU = ("pc", "strix-halo", "snapdragon")  # what computes there, in published runs
@@ -115,6 +129,8 @@ def machine(name: str) -> Machine:
         disk_gb_s=chip.disk_gb_s,
         disk_is_measured=chip.is_measured,
         core_speed=chip.core_speed,
+        gpu_memory_gb=chip.gpu_memory_gb,
+        host_gb_s=HOST_GB_S if chip.gpu_memory_gb else None,
         computes_on="cpu" if match.group(1) in ON_CPU else "gpu",
     )
 

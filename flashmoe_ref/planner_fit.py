@@ -17,7 +17,7 @@ import numpy as np
 
 from .config import PRESETS
 from .errors import ConfigError
-from .machines import CHIPS, MEMORY_GB
+from .machines import CHIPS, HOST_GB_S, MEMORY_GB
 from .planner import (
     Coefficients,
     Run,
@@ -118,6 +118,7 @@ def run_of_row(row: dict[str, str], folder: Path = DATA) -> Run:
         on_gpu=row["processor"] == "gpu",
         slots_gb=np.inf if row["slots_gb"] == "max" else float(row["slots_gb"] or 0),
         page_cache=row["page_cache"] == "yes",
+        host_gb_s=HOST_GB_S if chip and chip.gpu_memory_gb else np.nan,
     )
 
 

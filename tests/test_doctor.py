@@ -143,6 +143,20 @@ def test_slots_leave_memory_for_the_rest():
     assert 0 < slots_gb + 5.6 < 0.8 * 128 * 1.074
 
 
+def test_slots_of_a_discrete_gpu_fit_its_own_memory():
+    found = look(on="rtx-4090-256", k=4)
+    assert 0 < found.advice.slots * 60 * 7_077_888 / 1e9 < 24 * 1.074 - 5.6
+    assert [c.name for c in found.checks] == ["disk", "memory", "GPU memory"]
+    assert not look(on="rtx-4090-256", gpu_memory_gb=6.0).runs
+
+
+def test_fewer_bits_come_with_the_tool_that_makes_them():
+    facts = facts_of_preset(BIG, bits=16)
+    found = diagnose(facts, machine("m5-max-128"), bits=4, sweep=NOWHERE)
+    assert any("flashmoe convert" in reason for reason in found.advice.why)
+    assert stored_bits(facts) == 16
+
+
 def test_small_pieces_are_packed_if_there_is_room():
     small = "qwen3.5-35b-a3b"
     assert look(small, disk_free_gb=500.0).advice.source == "packed"

@@ -99,6 +99,15 @@ def test_a_probe_overrules_shares():
     assert parts["page cache"] == pytest.approx(usual["page cache"] * 5)
 
 
+def test_a_card_s_copies_begin_in_the_host_s_memory():
+    card = machine("rtx-4090-64")
+    sizes = sizes_of_preset(BIG, 4)
+    parts = token_seconds(run_of(sizes, card), ROUND)
+    hits = predict(run_of(sizes, card), ROUND).hit_rate
+    assert parts["page cache"] == pytest.approx(hits * 1.6987 / (0.1 * 83), rel=0.001)
+    assert parts["other weights"] < 5.1 / (0.5 * 1008)
+
+
 def test_a_processor_does_not_synchronise():
     assert token_seconds(replace(BY_HAND, on_gpu=False), ROUND)["synchronisation"] == 0
 
