@@ -156,7 +156,7 @@ def measure(
         row |= _of_continuations(model, baseline)
         found, wrong = _of_sets(model, tasks)
         row |= found
-    row["tok_s"] = speed(folder, setting, tasks, baseline.prompts[0])
+    row["tok_s"] = speed(folder, setting, tasks, baseline.texts[0][0][:PROMPT_TOKENS])
     row["row_s"] = round(time.perf_counter() - begun, 1)
     return row, wrong
 
