@@ -72,24 +72,31 @@ class Step:
         return self.read_s + self.memory_s + self.compute_s
 
 
-def run_rung(
-    flash: FlashModel, ids: Sequence[int], evict: bool = False
-) -> tuple[list[TokenCost], np.ndarray]:
-    """Decode a text by one rung and close it. Returns costs and logits (T, V).
+Run = tuple[list[TokenCost], np.ndarray]  # costs by token, and logits (T, V)
 
-    evict: drop the files from the system's cache before each token.
+
+def run_in_turns(
+    flashes: Mapping[str, FlashModel], ids: Sequence[int], evict: bool = False
+) -> dict[str, Run]:
+    """Decode a text by several rungs, each token by all in turn, and close them.
+
+    Whatever else the machine does meanwhile slows all of them alike.
+    evict: drop the files from the system's cache before each token of each rung.
     """
-    costs, logits = [], []
+    steps: dict[str, list] = {name: [] for name in flashes}
     try:
         for token in ids:
-            if evict:
-                flash.evict()
-            scores, cost = flash.step(token)
-            costs.append(cost)
-            logits.append(scores)
+            for name, flash in flashes.items():
+                if evict:
+                    flash.evict()
+                steps[name].append(flash.step(token))
     finally:
-        flash.close()
-    return costs, np.array(logits)
+        for flash in flashes.values():
+            flash.close()
+    return {
+        name: ([cost for _, cost in run], np.array([logits for logits, _ in run]))
+        for name, run in steps.items()
+    }
 
 
 def median_step(name: str, costs: Sequence[TokenCost], skip: int = 0) -> Step:
@@ -171,12 +178,14 @@ def draw_chunks(probe: DiskProbe, mode: str, steps: Sequence[Step], title: str) 
         series, title=title, x="KiB of a read", y="GB/s", log_x=True, log_y=True
     )
     placed: list[tuple[float, float]] = []
+    low = min([step.read_bytes / 1024 for step in steps], default=4)
     for step in sorted(steps, key=lambda step: step.rate_gb_s):
         at = (step.read_bytes / 1024, step.rate_gb_s)
         ax.plot(*at, "*", color=plots.PURPLE, markersize=16, mec=plots.BLACK)
         close = [(x, y) for x, y in placed if 0.5 < x / at[0] < 2 and at[1] / y < 1.6]
         above = 9 if close else -9  # its text must not lie on a neighbour's
-        side = ("right", -11) if at[0] > 300 else ("left", 11)
+        outside = not 1.1 * low < at[0] < 300
+        side = ("right", -11) if outside else ("left", 11)
         ax.annotate(
             step.name,
             at,
@@ -185,8 +194,7 @@ def draw_chunks(probe: DiskProbe, mode: str, steps: Sequence[Step], title: str) 
             ha=side[0],
         )
         placed.append(at)
-    low = min([step.read_bytes / 1024 for step in steps], default=4)
-    ax.set_xlim(left=low / 1.6)
+    ax.set_xlim(left=low / 8)
     ax.set_xticks([1, 4, 16, 64, 256, 1024], minor=False)
     return ax
 

@@ -1,8 +1,11 @@
 """Reads of many small rows, compiled: a thread lets go of Python's lock once for all.
 
 A neuron's row takes microseconds to read, and about as long to ask for from Python,
-which lets one thread ask at a time. **But:** rows of one length; a read that comes
-short is for the caller to repeat. *Taught in notebooks/11.*
+which lets one thread ask at a time: 119 rows of 2 KiB out of the page cache took 0.43
+ms from Python and 0.16 ms from here, past it, by eight threads, 4.8 and 3.7 (two busy
+cores). Window and pool gained too little (12 us to 8) and are plain NumPy.
+**But:** rows of one length; a read that comes short is for the caller to repeat.
+*Taught in notebooks/11.*
 
 NOTE: kernels here call none outside this file, so Numba's own check of the file's date
 is enough, and the file need not be among `compiled.KERNEL_FILES`.

@@ -98,9 +98,12 @@ def test_without_friends_nothing_changes(model: ReluModel) -> None:
 
 def test_a_rung_is_run_and_its_median_taken(model: ReluModel, tmp_path: Path) -> None:
     write_neurons(model, tmp_path, bundled=False)
-    flash = FlashModel(model, tmp_path, Rung("half", resident=0.9))
-    costs, logits = flash_views.run_rung(flash, IDS[:5], evict=True)
-    assert logits.shape == (5, 50) and len({cost.bytes_read for cost in costs}) == 1
+    names = ("a", "b")
+    rungs = {n: FlashModel(model, tmp_path, Rung(n, resident=0.9)) for n in names}
+    runs = flash_views.run_in_turns(rungs, IDS[:5], evict=True)
+    for costs, logits in runs.values():
+        assert logits.shape == (5, 50) and len({cost.bytes_read for cost in costs}) == 1
+    np.testing.assert_array_equal(runs["a"][1], runs["b"][1])
     costs = [TokenCost(n, 10 * n, n / 10, 0.0, 1.0, 0) for n in (100, 1, 2, 3)]
     step = flash_views.median_step("x", costs, skip=1)
     assert (step.reads, step.n_bytes, step.read_s) == (2, 20, 0.2)
