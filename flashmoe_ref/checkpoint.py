@@ -190,7 +190,8 @@ class Checkpoint:
 def find_shards(path: Path) -> dict[Path, set[str] | None]:
     """The safetensors files of a model, each with the names that the index gives it.
 
-    None stands for "no index: every tensor of the file".
+    None stands for "no index: every tensor of the file". A shard in which the index has
+    nothing of the text model may be missing.
     Raises: CheckpointError if there are none, or a shard of the index is missing.
     """
     index = path / INDEX_NAME
@@ -209,13 +210,18 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{index}: {name!r} is in no plain file: {file!r}")
         shards.setdefault(path / file, set()).add(name)
-    missing = [shard.name for shard in shards if not shard.exists()]
+    absent = {shard for shard in shards if not shard.exists()}
+    missing = [
+        shard.name
+        for shard in shards
+        if shard in absent and any(canonical_name(n, index) for n in shards[shard])
+    ]
     if missing:
         raise CheckpointError(
             f"{path}: {len(missing)} of {len(shards)} shards are missing, first "
             f"{missing[0]}; fetch them"
         )
-    return shards
+    return {shard: names for shard, names in shards.items() if shard not in absent}
 
 
 def _collect(path: Path, shards: dict[Path, set[str] | None]) -> dict[str, TensorInfo]:

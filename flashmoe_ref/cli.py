@@ -177,19 +177,16 @@ def run_verify(args: Namespace) -> None:
 
 def run_trace(args: Namespace) -> None:
     """Say what a recorded run did, and write it in other forms."""
-    from .trace import Trace
-    from .trace_exchange import read_csv, write_chrome, write_csv
+    from .cli_trace import run
 
-    is_table = args.file.suffix.lower() == ".csv"
-    if args.n_experts is not None and not is_table:
-        raise ConfigError("--n-experts is for a .csv: other traces say it themselves")
-    trace = read_csv(args.file, args.n_experts) if is_table else Trace.load(args.file)
-    say(str(trace))
-    writers = {"chrome": write_chrome, "csv": write_csv, "npz": Trace.save}
-    for form, write in writers.items():
-        if (path := getattr(args, form)) is not None:
-            write(trace, path)
-            note(f"{path}: written")
+    run(args, say, note)
+
+
+def run_fetch(args: Namespace) -> None:
+    """Bring a published model to this disk."""
+    from .cli_fetch import run
+
+    run(args, say, note)
 
 
 def run_probe(args: Namespace) -> None:
@@ -229,6 +226,7 @@ COMMANDS = {
     "requantize": run_requantize,
     "verify": run_verify,
     "trace": run_trace,
+    "fetch": run_fetch,
     "probe": run_probe,
     "doctor": run_doctor,
     "evaluate": run_evaluate,

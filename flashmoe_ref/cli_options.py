@@ -13,9 +13,11 @@ from . import (
     cli_caching,
     cli_doctor,
     cli_evaluate,
+    cli_fetch,
     cli_probe,
     cli_rehearse,
     cli_routing,
+    cli_trace,
 )
 
 REDUCED = Path(__file__).parents[1] / "data" / "reduced"  # only in a clone
@@ -30,6 +32,7 @@ EXAMPLES = """examples:
   flashmoe generate "Once upon a time"             text from the reduced model
   flashmoe info                                    what it consists of, what it needs
   flashmoe info qwen3.5-397b-a17b                  the same for the published 397B
+  flashmoe fetch OWNER/MODEL                       bring a published model here
   flashmoe chat --model DIR --tools tools.json     a conversation with tools
   flashmoe convert BF16_DIR NEW_DIR --bits 4       quantize a published model
   flashmoe pack DIR                                one read an expert instead of nine
@@ -98,16 +101,6 @@ Checks headers, sizes and shapes; digests, where flashmoe wrote the files; packe
 experts byte for byte against the model."""
 
 
-TRACE = """examples:
-  flashmoe generate --trace run.npz "She"          record a run, then look at it:
-  flashmoe trace run.npz
-  flashmoe trace run.npz --chrome run.json         for ui.perfetto.dev
-  flashmoe trace other.csv --npz other.npz         picks of another engine
-
-A trace holds the router's picks, what was read when, and where the time went. A .csv
-has a row token, layer, expert (and perhaps weight) for each pick, best first."""
-
-
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other error."""
 
@@ -128,7 +121,10 @@ def build_parser() -> Parser:
     _add_pack(commands)
     _add_requantize(commands)
     _add_verify(commands)
-    _add_trace(commands)
+    about, examples = cli_trace.ABOUT, cli_trace.EXAMPLES
+    cli_trace.add_options(_command(commands, "trace", about, examples))
+    about, examples = cli_fetch.ABOUT, cli_fetch.EXAMPLES
+    cli_fetch.add_options(_command(commands, "fetch", about, examples))
     cli_probe.add_options(
         _command(commands, "probe", cli_probe.ABOUT, cli_probe.EXAMPLES)
     )
@@ -278,22 +274,6 @@ def _add_verify(commands) -> None:
         "--packed", type=Path, metavar="DIR", help="its packed experts, if elsewhere"
     )
     _add_progress_option(parser)
-
-
-def _add_trace(commands) -> None:
-    parser = _command(commands, "trace", "look at a recorded run", TRACE)
-    parser.add_argument("file", type=Path, help="a trace: .npz, or .csv")
-    parser.add_argument(
-        "--chrome", type=Path, metavar="FILE.json", help="write its timeline"
-    )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write its picks")
-    parser.add_argument("--npz", type=Path, metavar="FILE", help="write it as a trace")
-    parser.add_argument(
-        "--n-experts",
-        type=int,
-        metavar="N",
-        help="of a layer, for a .csv (default: its largest id and one)",
-    )
 
 
 # --- groups of options ----------------------------------------------------------------

@@ -31,3 +31,7 @@ class PackError(FlashMoeError, OSError):
 
 class TraceError(FlashMoeError, ValueError):
     """A trace file that cannot be used, or a trace that lacks what is asked of it."""
+
+
+class FetchError(FlashMoeError, OSError):
+    """A model that cannot be fetched: no network, no repository, no room, bad bytes."""
