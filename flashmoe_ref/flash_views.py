@@ -81,10 +81,13 @@ def run_in_turns(
     """Decode a text by several rungs, each token by all in turn, and close them.
 
     Whatever else the machine does meanwhile slows all of them alike.
-    evict: drop the files from the system's cache before each token of each rung.
+    evict: drop the files from the system's cache before each token of each rung, not
+           only at the start.
     """
     steps: dict[str, list] = {name: [] for name in flashes}
     try:
+        for flash in flashes.values():
+            flash.evict()  # what was written just now
         for token in ids:
             for name, flash in flashes.items():
                 if evict:
