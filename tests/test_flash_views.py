@@ -96,6 +96,16 @@ def test_without_friends_nothing_changes(model: ReluModel) -> None:
     assert found.reads == loads(active, 2).sum() and found.most == 0
 
 
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_every_friend_is_counted_once(k: int) -> None:
+    active = np.random.default_rng(2).random((30, 12)) < 0.3
+    friends = closest_friends(active)
+    found = load_with_friends(active, friends, k)
+    assert found.useful + found.there + found.unwanted == found.reads
+    assert found.reads + found.useful >= loads(active, k).sum()
+    assert found.useful and found.there and found.unwanted
+
+
 def test_a_rung_is_run_and_its_median_taken(model: ReluModel, tmp_path: Path) -> None:
     write_neurons(model, tmp_path, bundled=False)
     names = ("a", "b")
