@@ -4,12 +4,19 @@ Numba's own cache compares a kernel with the date of its file alone, so a change
 file that the kernel calls into goes unnoticed. Here the cache folder is named by a
 digest of all kernel files instead. It lies beside the package, or in the user's cache
 where that cannot be written, or in NUMBA_CACHE_DIR where that is set.
+
+Numba also tells functions of one name apart by a number that each process counts from
+1. Kernels for different types or widths, compiled by different processes, then have one
+name, and a process that loads both calls the wrong one. So here each process counts
+from a number of its own (numba issue 10486).
 **But:** if no folder can be written, kernels are compiled again in each process.
 *Taught in notebooks/05.*
 """
 
 import hashlib
+import itertools
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,6 +25,7 @@ from types import FunctionType
 
 import numba
 from filelock import FileLock
+from numba.core.bytecode import FunctionIdentity
 from numba.core.event import Event, Listener, register
 
 KERNEL_FILES = (
@@ -59,6 +67,15 @@ def _cache_folder() -> Path | None:
 
 
 CACHE_FOLDER = _cache_folder()
+
+
+def _count_from_a_number_of_our_own() -> None:
+    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(62))
+
+
+_count_from_a_number_of_our_own()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_from_a_number_of_our_own)
 
 
 def compiled(function: Callable, **options: bool) -> Callable:

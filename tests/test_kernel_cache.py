@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from numba.core.bytecode import FunctionIdentity
+
+import flashmoe_ref.compiled  # noqa: F401 (it sets where the numbers start)
+
 ROOT = Path(__file__).parents[1]
 
 # Two processes compile the same function for different types. Saving waits a second
@@ -44,13 +49,16 @@ assert "slow" in sys.argv or not sum(total.stats.cache_misses.values())
 """
 
 
-def _start(script: Path, *args: str) -> subprocess.Popen:
+def _start(script: Path, *args: str, stdout: int | None = None) -> subprocess.Popen:
     environment = os.environ | {
         "NUMBA_CACHE_DIR": str(script.parent / "cache"),
         "PYTHONPATH": str(ROOT),
     }
     return subprocess.Popen(
-        [sys.executable, str(script), *args], env=environment, stderr=subprocess.PIPE
+        [sys.executable, str(script), *args],
+        env=environment,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -64,3 +72,56 @@ def test_two_processes_compile_at_once(tmp_path: Path) -> None:
     reader = _start(script, "int64,float32")
     _, err = reader.communicate(timeout=60)
     assert reader.returncode == 0, err.decode()
+
+
+# Kernels that a factory makes have one name. Two processes compile one each, the third
+# loads both and calls both from a kernel of its own.
+FACTORY = """
+import sys
+from flashmoe_ref.compiled import compiled
+
+def adder(n):
+    def add(x):
+        total = x
+        for i in range(x):  # not inlined away
+            total += n * (i % 2) + n
+        return total
+    return compiled(add)
+
+one, ten = adder(1), adder(10)
+
+@compiled
+def both(x):
+    return one(x), ten(x)
+
+for name in sys.argv[1:]:
+    print({"one": one, "ten": ten, "both": both}[name](3))
+"""
+
+
+def _printed(script: Path, *args: str) -> str:
+    process = _start(script, *args, stdout=subprocess.PIPE)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err.decode()
+    return out.decode().strip()
+
+
+def test_kernels_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    script = tmp_path / "factory.py"
+    script.write_text(FACTORY)
+    assert _printed(script, "one") == "7"
+    assert _printed(script, "ten") == "43"
+    assert _printed(script, "both") == "(7, 43)"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_forked_process_counts_from_elsewhere() -> None:
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(writer, str(next(FunctionIdentity._unique_ids)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = int(os.read(reader, 100))
+    os.close(reader)
+    os.close(writer)
+    assert abs(theirs - next(FunctionIdentity._unique_ids)) > 10**6
