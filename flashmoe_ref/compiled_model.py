@@ -78,20 +78,26 @@ class CompiledModel(NumpyModel):
             return super().layer(layer, x, state)
         x, own = x[0].copy(), self.steps[layer]
         self.mix_step(layer, x, state)
-        h, experts, weights = steps.route_step(
-            x, *own["route"], self.config.num_experts_per_tok, self.config.rms_norm_eps
-        )
-        recorder = self.store.recorder
-        recorder.routed(experts, weights)
-        picks = experts.tolist()
+        h, picks, weights = self.route_step(layer, x)
         ticket = self.store.request(layer, picks)
         if self.store.predictor is not None:
             self.prefetch(layer, picks, h[None])
         steps.shared_expert_step(x, h, *own["shared"])
-        recorder.lap(recording.SHARED)
+        self.store.recorder.lap(recording.SHARED)
         slots = np.array(ticket.wait())
         kernels.experts_step(self.banks[layer], slots, weights, h, x)
         return x[None]
+
+    def route_step(
+        self, layer: int, x: np.ndarray
+    ) -> tuple[np.ndarray, list[int], np.ndarray]:
+        """What the experts of one token get, who they are, and their weights (K,)."""
+        c, route = self.config, self.steps[layer]["route"]
+        h, experts, weights = steps.route_step(
+            x, *route, c.num_experts_per_tok, c.rms_norm_eps
+        )
+        self.store.recorder.routed(experts, weights)
+        return h, experts.tolist(), weights
 
     def mix_step(self, layer: int, x: np.ndarray, state: State) -> None:
         """Add a layer's Gated DeltaNet or attention to one token, x (D,), in place."""
