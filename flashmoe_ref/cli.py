@@ -103,12 +103,13 @@ def run_chat(args: Namespace) -> None:
     from . import chat
     from .cli_chat import converse, read_tools
 
-    tools = read_tools(args.tools) if args.tools else None
+    own = _own_tools(args)
+    tools = read_tools(args.tools) if args.tools else [t.schema for t in own] or None
     thinking = None if args.thinking is None else args.thinking == "on"
     with _open_model(args) as model:
         session = chat(model, args.system, tools, thinking, **_sampling(args))
         with _recorded(model, args):
-            converse(session, args.max_tokens, say, note)
+            converse(session, args.max_tokens, say, note, own)
         _report(model, args)
 
 
@@ -284,6 +285,17 @@ def _recorded(model, args: Namespace) -> Iterator[None]:
         if trace.n_tokens:
             trace.save(args.trace)
             note(f"{args.trace}: {trace.n_tokens} tokens recorded")
+
+
+def _own_tools(args: Namespace) -> Sequence:
+    """Tools that answer by themselves."""
+    if not args.example_tools:
+        return ()
+    if args.tools:
+        raise ConfigError("--tools and --example-tools: give one of them")
+    from .tools import EXAMPLES
+
+    return EXAMPLES
 
 
 def _sampling(args: Namespace) -> dict[str, float]:

@@ -1,19 +1,23 @@
 """The conversation of `flashmoe chat`: lines in, answers out, tool calls by hand.
 
 Nothing that a model writes is ever executed: a call is shown, and the person at the
-keyboard types what the tool would answer. **But:** one line is one message.
+keyboard types what the tool would answer. Only the tools of `tools.EXAMPLES`, pure
+functions of ours, answer by themselves where they are asked for. **But:** one line is
+one message.
 *Taught in notebooks/13.*
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from .errors import ConfigError
 from .generation import ChatSession
-from .toolcalls import ToolCall, ToolCallParser
+from .tool_chat import Event, ToolChat
+from .toolcalls import ToolCall, ToolCallParser, readable_call
+from .tools import Tool
 
 Say = Callable[..., None]
 MAX_FAULTY = 2  # answers with nothing but faulty calls that get their error back
@@ -47,9 +51,16 @@ def _function(tool: object) -> dict:
 
 
 def converse(
-    session: ChatSession, max_tokens: int | None, say: Say, note: Callable[[str], None]
+    session: ChatSession,
+    max_tokens: int | None,
+    say: Say,
+    note: Callable[[str], None],
+    tools: Sequence[Tool] = (),
 ) -> None:
-    """Hold a conversation until the input ends or /quit; the session remembers it."""
+    """Hold a conversation until the input ends or /quit; the session remembers it.
+
+    tools: that answer by themselves; of all others the result is asked for.
+    """
     if sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401  arrow keys and history in input()
@@ -65,8 +76,35 @@ def converse(
             note("a new conversation")
         elif command.startswith("/"):
             note(f"{command} is not a command: /report  /new  /quit")
+        elif command and tools:
+            chat = ToolChat(session, tools, max_tokens=max_tokens)
+            _show_events(chat.say(line), say, note)
         elif command:
             _answer(session, session.say(line, max_tokens), max_tokens, say, note)
+
+
+def _show_events(
+    events: Iterable[Event], say: Say, note: Callable[[str], None]
+) -> None:
+    """Print what happens in an answer with tools; of a thought only its length."""
+    n_thought, at_line_start = 0, True
+    try:
+        for kind, text in events:
+            if kind == "thinking":
+                n_thought += len(text)
+                continue
+            if n_thought:
+                note(f"[thought for {n_thought} characters]")
+                n_thought = 0
+            if kind == "text":
+                say(text, end="")
+                at_line_start = text.endswith("\n")
+            else:
+                say(("" if at_line_start else "\n") + f"[{kind}] {text}")
+                at_line_start = True
+    finally:
+        if not at_line_start:
+            say("")
 
 
 def _begin_again(session: ChatSession) -> ChatSession:
@@ -122,16 +160,6 @@ def _show_event(event: str | ToolCall, at_line_start: bool, say: Say) -> bool:
         return event.endswith("\n")
     say(("" if at_line_start else "\n") + f"[call] {readable_call(event)}")
     return True
-
-
-def readable_call(call: ToolCall) -> str:
-    """A call on one line, for example get_weather(city="Oslo", days=3)."""
-    arguments = ", ".join(
-        f"{name}={json.dumps(value, ensure_ascii=False)}"
-        for name, value in call.arguments.items()
-    )
-    text = f"{call.name or '?'}({arguments})"
-    return f"{text}  -- faulty: {call.error}" if call.error else text
 
 
 def _result_of(call: ToolCall, note: Callable[[str], None]) -> str | None:

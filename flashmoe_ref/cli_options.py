@@ -55,10 +55,13 @@ CHAT = """examples:
   flashmoe chat --system "Answer in JSON."
   flashmoe chat --tools tools.json                 [{"type": "function", "function":
                                                      {"name": ..., "parameters": ...}}]
+  flashmoe chat --example-tools                    with a calculator
   echo "Who was Alice?" | flashmoe chat            one question, then it ends
 
 With tools, the model may ask for a call. flashmoe shows it and asks you for the result:
-nothing that a model writes is ever executed. Lines that begin with a slash are for
+nothing that a model writes is ever executed. The example tools answer by themselves:
+three functions of flashmoe that touch nothing, with checked arguments, and at most four
+rounds of calls for a message. Lines that begin with a slash are for
 flashmoe: /report  /new  /quit"""
 
 INFO = """examples:
@@ -171,6 +174,12 @@ def _add_chat(commands) -> None:
     parser.add_argument("--system", metavar="TEXT", help="instructions that come first")
     parser.add_argument(
         "--tools", type=Path, metavar="FILE.json", help="a JSON list of tool schemas"
+    )
+    parser.add_argument(
+        "--example-tools",
+        action="store_true",
+        help="give it a calculator, units and a table of models, which answer by "
+        "themselves",
     )
     parser.add_argument(
         "--thinking",

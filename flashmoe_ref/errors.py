@@ -35,3 +35,7 @@ class TraceError(FlashMoeError, ValueError):
 
 class FetchError(FlashMoeError, OSError):
     """A model that cannot be fetched: no network, no repository, no room, bad bytes."""
+
+
+class ToolError(FlashMoeError, ValueError):
+    """What a tool cannot do with its arguments, in words for the model that asked."""

@@ -264,6 +264,16 @@ def parse_tool_calls(
     return content, [event for event in events if isinstance(event, ToolCall)]
 
 
+def readable_call(call: ToolCall) -> str:
+    """A call on one line, for example get_weather(city="Oslo", days=3)."""
+    arguments = ", ".join(
+        f"{name}={json.dumps(value, ensure_ascii=False)}"
+        for name, value in call.arguments.items()
+    )
+    text = f"{call.name or '?'}({arguments})"
+    return f"{text}  -- faulty: {call.error}" if call.error else text
+
+
 def format_tool_call(name: str, arguments: dict[str, Any]) -> str:
     """A call as the model would write it: strings raw, all else as JSON.
 
