@@ -1,7 +1,8 @@
 """A server that imitates the few answers of the Hugging Face hub that we use.
 
-The list of a repository's files with sizes and digests, and files by byte ranges. It
-can misbehave on demand: cut a transfer short, send wrong bytes, refuse.
+The list of a repository's files with sizes and digests, and files by byte ranges; large
+ones after a redirect to another host, which must not see the user's token. It can
+misbehave on demand: cut a transfer short, send wrong bytes, refuse.
 """
 
 import hashlib
@@ -68,7 +69,10 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         elif file and file[1] == "owner/model" and file[2] == self.hub.commit:
-            self._send_file(file[3])
+            self._answer_file(file[3])
+        elif path.startswith("/elsewhere/"):
+            wrong = "Authorization" in self.headers  # signed links refuse a second key
+            self._answer(400, b"") if wrong else self._send_file(path[11:])
         else:
             self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
 
@@ -80,10 +84,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def _answer_file(self, name: str) -> None:
+        if self.hub.gated_files:
+            self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        elif name.endswith(".safetensors"):
+            host = self.hub.url.replace("127.0.0.1", "localhost")
+            self._answer(302, b"", {"Location": f"{host}/elsewhere/{name}"})
+        else:
+            self._send_file(name)
+
     def _send_file(self, name: str) -> None:
         hub, data = self.hub, (self.hub.folder / name).read_bytes()
-        if hub.gated_files:
-            return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         start = 0 if hub.ignores_ranges or not asked else int(asked[1])
         hub.asked.append((name, int(asked[1]) if asked else 0))

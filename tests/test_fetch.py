@@ -49,6 +49,7 @@ def served(
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "RETRY_S", 0.0)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     shutil.copytree(original, tmp_path / "served")
     with serving(tmp_path / "served") as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -160,7 +161,9 @@ def test_a_server_that_knows_no_ranges(served, original) -> None:
         _fetch(served)
     served.cut_after.clear()
     served.ignores_ranges = True
+    served.asked.clear()
     assert _same_model(_fetch(served), original)
+    assert [at for name, at in served.asked if name == SHARD] == [20_000]
 
 
 def test_leftovers_of_another_version_are_replaced(served, original) -> None:
@@ -234,6 +237,9 @@ def test_too_little_room(served, tmp_path, monkeypatch) -> None:
     few = shutil.disk_usage(tmp_path)._replace(free=fetch.SPARE_BYTES + 1000)
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: few)
     _refused(served, tmp_path, match=r"must stay free, the disk has 1\.0 GB")
+    with pytest.raises(FetchError, match="must stay free"):
+        _fetch(served)
+    assert not (tmp_path / "cache").exists()
     few = few._replace(free=fetch.SPARE_BYTES + 10**7)
     fetch.check_room(fetch.plan_fetch(MODEL, endpoint=served.url))
 
