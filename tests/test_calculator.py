@@ -120,6 +120,7 @@ def _text(tree: object) -> str:
     return f"(-{texts[0]})" if name == "neg" else f"{name}({texts[0]})"
 
 
+@settings(deadline=None)
 @given(TREES)
 def test_as_python_computes(tree: object) -> None:
     text = _text(tree)
@@ -138,6 +139,7 @@ OPERANDS = st.sampled_from(["1", "2", "3", "0.5", "10"])
 SIGNS = st.sampled_from(["+", "-", "*", "/", "//", "%", "* -", "** 2 *", "** -", "**"])
 
 
+@settings(deadline=None)
 @given(OPERANDS, st.lists(st.tuples(SIGNS, OPERANDS), max_size=6))
 def test_the_order_is_pythons(first: str, rest: list[tuple[str, str]]) -> None:
     text = first + "".join(f" {sign} {number}" for sign, number in rest)
@@ -162,17 +164,17 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.text(max_size=40) | st.lists(PIECES, max_size=40).map("".join))
 @example("max(" * 30)
 @example("floor(1.7e308)+floor(1.7e308)")
 @example("sqrt(-" + "9" * 90 + "**3)")
 def test_any_text_gives_a_number_or_a_tool_error(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         value = calculate(text)
     except ToolError as error:
         assert str(error)
     else:
         assert isinstance(value, int) or math.isfinite(value)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

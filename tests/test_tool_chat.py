@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import write_tiny, write_tokenizer
 
@@ -197,6 +197,7 @@ def test_who_stops_listening_stops_the_model() -> None:
 # --- thoughts and answers in a stream -------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_splitter_does_not_mind_how_it_is_fed(data: st.DataObject) -> None:
     parts = ["a", "<", "</", "think>", "<think>", "</think>", "\n", " b "]
@@ -237,6 +238,7 @@ def test_units_by_hand() -> None:
             convert_units(*wrong)
 
 
+@settings(deadline=None)
 @given(
     st.floats(-1e9, 1e9), *[st.sampled_from([*UNITS, *TEMPERATURES]) for _ in range(2)]
 )
