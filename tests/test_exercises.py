@@ -1,4 +1,8 @@
-"""Solutions of the exercises are right, and a notebook runs with them in place."""
+"""Solutions of the exercises are right, with no more than a lesson's imports.
+
+The rest of a lesson runs as a test of its own, with the exercises as the reader finds
+them.
+"""
 
 import re
 import sys
@@ -29,6 +33,7 @@ def test_solutions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert before and all("not attempted" in verdict for verdict in before)
     for name, cell in exercises.items():
         cell.source = solutions[name]
+    notebook.cells = [cell for cell in notebook.cells if _is_needed(cell)]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     resources = {"metadata": {"path": str(ROOT / "notebooks")}}
     NotebookClient(
@@ -37,6 +42,13 @@ def test_solutions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     after = _verdicts(notebook)
     assert len(after) == len(before)
     assert all(": correct" in verdict for verdict in after), after
+
+
+def _is_needed(cell: nbformat.NotebookNode) -> bool:
+    """Imports, exercises, and what checks them."""
+    is_exercise = "exercise" in cell.metadata.get("tags", [])
+    starts = ("import ", "from ", "check(")
+    return cell.cell_type == "code" and (is_exercise or cell.source.startswith(starts))
 
 
 def _verdicts(notebook: nbformat.NotebookNode) -> list[str]:
