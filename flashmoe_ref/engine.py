@@ -18,7 +18,7 @@ import numpy as np
 from .caching import Caching
 from .checkpoint import Checkpoint
 from .config import ModelConfig
-from .errors import ConfigError
+from .errors import ConfigError, NumericError
 from .experts import PACKED_FOLDER, ExpertFiles, experts_in_place, packed_experts
 from .policies import most_frequent
 from .predictors import make_predictor
@@ -286,24 +286,37 @@ class Model:
     ) -> np.ndarray:
         """Process a prompt in chunks. Returns logits (V,) of the last token, or (T, V).
 
-        Raises: ConfigError for ids that the model cannot take.
+        Raises: ConfigError for ids that the model cannot take, NumericError.
         """
         start = time.perf_counter()
         rows = []
         for first in range(0, max(len(ids), 1), PREFILL_CHUNK):
             chunk = ids[first : first + PREFILL_CHUNK]
             rows.append(self.engine.forward(chunk, state, all_logits))
+            self._check_finite(rows[-1])
         self.meter.prompt_tokens += len(ids)
         self.meter.prefill_s += time.perf_counter() - start
         return np.concatenate(rows) if all_logits else rows[-1]
 
     def decode(self, token: int, state: object) -> np.ndarray:
-        """Process one generated token. Returns logits (V,) of the next."""
+        """Process one generated token. Returns logits (V,) of the next.
+
+        Raises: ConfigError, NumericError.
+        """
         start = time.perf_counter()
         logits = self.engine.forward([token], state)
+        self._check_finite(logits)
         self.meter.generated_tokens += 1
         self.meter.decode_s += time.perf_counter() - start
         return logits
+
+    def _check_finite(self, logits: np.ndarray) -> None:
+        if not np.isfinite(logits).all():
+            raise NumericError(
+                f"{self.path}: the logits hold NaN or infinity with engine "
+                f"{self.mode['engine']}; check the files with 'flashmoe verify', and "
+                f"try the other engine"
+            )
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each token of a text, from a fresh state.

@@ -21,6 +21,10 @@ class ReadError(FlashMoeError, OSError):
     """A read that failed or came back short while the model was running."""
 
 
+class NumericError(FlashMoeError, ArithmeticError):
+    """Logits that are no numbers: what follows from them would be noise."""
+
+
 class TokenizerError(FlashMoeError, ValueError):
     """Tokenizer files, a chat template or a tool call that cannot be used."""
 

@@ -5,7 +5,7 @@ import pytest
 from tiny import write_tiny, write_tokenizer
 
 from flashmoe_ref import chat, generate, load
-from flashmoe_ref.errors import ConfigError, FlashMoeError, ReadError
+from flashmoe_ref.errors import ConfigError, FlashMoeError, NumericError, ReadError
 from flashmoe_ref.generation import generate_ids
 from flashmoe_ref.toolcalls import format_tool_call
 
@@ -215,3 +215,24 @@ def test_snapshots_are_independent(model):
         state.restore(snapshot)
         assert state.n_tokens == 3
         np.testing.assert_array_equal(model.decode(4, state), first)
+
+
+@pytest.mark.parametrize("engine", ["numpy", "mlx"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_never_data(folder, engine, value, monkeypatch):
+    if engine == "mlx":
+        pytest.importorskip("mlx")
+    with load(folder, engine=engine) as model:
+        state = model.new_state()
+        model.prefill([1, 2, 3], state)
+        forward = model.engine.forward
+
+        def spoiled(*args):
+            logits = np.array(forward(*args))
+            logits.ravel()[3] = value
+            return logits
+
+        monkeypatch.setattr(model.engine, "forward", spoiled)
+        for run in (model.prefill, lambda ids, s: model.decode(ids[0], s)):
+            with pytest.raises(NumericError, match="try the other engine"):
+                run([4, 5], state)
