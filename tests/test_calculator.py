@@ -1,7 +1,6 @@
 """The calculator against Python's own arithmetic, and against any text at all."""
 
 import math
-import re
 import time
 
 import pytest
@@ -143,7 +142,9 @@ SIGNS = st.sampled_from(["+", "-", "*", "/", "//", "%", "* -", "** 2 *", "** -",
 @given(OPERANDS, st.lists(st.tuples(SIGNS, OPERANDS), max_size=6))
 def test_the_order_is_pythons(first: str, rest: list[tuple[str, str]]) -> None:
     text = first + "".join(f" {sign} {number}" for sign, number in rest)
-    assume(not re.search(r"\*\*.*\*\*.*\*\*", text))  # Python would take for ever
+    # Of towers such as 10 ** 10 ** 10 Python would make numbers of gigabytes.
+    n_powers = text.count("**")
+    assume(n_powers < 2 or (n_powers == 2 and "10" not in text))
     try:
         value = eval(text)  # only ours: digits and signs
     except (ZeroDivisionError, OverflowError):
