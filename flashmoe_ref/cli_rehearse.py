@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,24 +32,8 @@ noise. As many layers get files of their own as the budget allows; the others sh
 them, so reads go past the page cache unless you say --page-cache. Routing imitates the
 published locality of the 397B (--routing published), is left to the random router
 (random), or comes from a trace of the real model (a file)."""
-UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 WRITE_PROBE_BYTES = 64 << 20
 READ_PROBE_BYTES = 1 << 30
-
-
-def n_bytes(text: str) -> int:
-    """Bytes of a size such as 40GB (GB = 1e9)."""
-    number, unit = text.strip().upper().rstrip("BGMT"), ""
-    for name in UNITS:
-        if name and text.strip().upper().endswith(name):
-            unit = name
-    try:
-        size = float(number) * UNITS[unit]
-    except ValueError:
-        size = -1.0
-    if not 0 < size < 1e18:
-        raise ArgumentTypeError(f"{text!r} is no size; write it as 40GB or 500MB")
-    return int(size)
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -58,7 +42,6 @@ def add_options(parser: ArgumentParser) -> None:
     add("--preset", default="qwen3.5-397b-a17b", choices=[*PRESETS], metavar="NAME")
     add(
         "--disk-budget",
-        type=n_bytes,
         required=True,
         metavar="SIZE",
         help="write at most this much, such as 40GB",
@@ -93,13 +76,15 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace, say: Callable[[str], None]) -> None:
     """Write, measure, compare, remove."""
     from .folding import layers_that_fit
+    from .machines import GB, parse_quantity
 
     config = PRESETS[args.preset]
     k = args.k or config.num_experts_per_tok
     config.with_experts_per_token(k)
     _check(args)
     dense_bits = 4
-    n_layers = layers_that_fit(config, args.disk_budget, args.bits, dense_bits, 64)
+    budget = int(parse_quantity(args.disk_budget, "GB") * GB)
+    n_layers = layers_that_fit(config, budget, args.bits, dense_bits, 64)
     picks = _routing(args, config, k)
     with _folder(args) as folder:
         _announce(args, config, n_layers, dense_bits, folder, say)

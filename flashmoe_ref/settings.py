@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from . import routing_cut
 from .config import ModelConfig
 from .errors import ConfigError
 from .quantize import BITS, GROUP_SIZES, RULES
 
-KEPT = ("renormalized", "as-routed", "scaled")
+KEPT = (*routing_cut.KEPT, "scaled")
 
 
 @dataclass(frozen=True)

