@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tests"))  # pytest's own `pythonpath` comes later
 
+import tally  # noqa: E402
 from notebook_times import NotebookTimes  # noqa: E402
 
 os.environ.setdefault("FLASHMOE_PROFILE", "ci")
@@ -19,6 +22,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 os.environ.pop("MPLBACKEND", None)  # figures must be drawn inline, as in JupyterLab
 
 times = NotebookTimes()
+tried: Counter[str] = Counter()  # see tests/tally.py
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,12 +36,21 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         collector.skip_compare += ("stderr", "image/svg+xml")
 
 
-# --- run time -------------------------------------------------------------------------
+# --- run time, and what was tried -----------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport]:
+    """Send along what the test counted: the report may go to another process."""
+    report = yield
+    report.user_properties.append(("tally", tally.take()))
+    return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Add up the time of a notebook's cells, and of its kernel's start and end."""
     times.add_wall(report.nodeid, report.duration)
+    tried.update(dict(report.user_properties).get("tally", {}))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -55,7 +68,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how long each notebook took."""
+    """Say what the tests tried, and how long each notebook took."""
+    if tried:
+        terminalreporter.section("inputs tried, faults survived")
+        for line in tally.lines(tried):
+            terminalreporter.write_line(line)
     if times.wall_s:
         terminalreporter.section("run time of notebooks")
         for line in [*times.summary(), *times.complaints()]:
