@@ -33,7 +33,6 @@ them, so reads go past the page cache unless you say --page-cache. Routing imita
 published locality of the 397B (--routing published), is left to the random router
 (random), or comes from a trace of the real model (a file)."""
 WRITE_PROBE_BYTES = 64 << 20
-READ_PROBE_BYTES = 1 << 30
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -176,7 +175,7 @@ def _measure(args, config, k, n_layers, dense_bits, folder, picks):
 
     from .engine import load
     from .folding import write_folded
-    from .rehearsal import rehearse
+    from .rehearsal import measure_rates, rehearse
 
     hidden = args.no_progress or os.environ.get("FLASHMOE_PROFILE") == "ci"
     widths = (args.bits, dense_bits)
@@ -187,30 +186,12 @@ def _measure(args, config, k, n_layers, dense_bits, folder, picks):
     total = args.tokens + args.warm_tokens
     with ExitStack() as stack:
         model = stack.enter_context(load(folder, experts="packed", **options))
-        rates = _rates(model, args, n_layers)
+        rates = measure_rates(model, n_layers, args.threads, not args.page_cache)
         bar = tqdm(total=total, desc="decode", disable=hidden, leave=False)
         step = stack.enter_context(bar).update
         return rehearse(
             model, picks, prompt, args.tokens, rates, step, args.warm_tokens
         )
-
-
-def _rates(model, args: Namespace, n_layers: int):
-    from .hardware import matvec_rates
-    from .probe_disk import measure, spans_of_files
-    from .rehearsal import Rates
-
-    engine = model.mode["engine"]
-    products = [r for name, r in matvec_rates()[0].items() if name.startswith(engine)]
-    size = model.store.files.formats[0].n_bytes
-    size -= size % 4096
-    mode = "cold" if args.page_cache else "direct"
-    files = model.store.files.files[:n_layers]
-    with spans_of_files(files, READ_PROBE_BYTES) as spans:
-        found = measure(spans, mode, size, args.threads, 5.0)
-    if found is None:
-        raise ConfigError("this disk gave no record to measure; use fewer --threads")
-    return Rates(max(products), found.rate_gb_s)
 
 
 def readable(found, preset: str) -> list[str]:

@@ -20,7 +20,11 @@ import numpy as np
 from .accounting import module_shapes
 from .engine import Model
 from .errors import ConfigError
+from .hardware import MEMORY_BYTES, matvec_rates
+from .probe_disk import measure, spans_of_files
 from .streaming import ExpertStore, Ticket
+
+READ_PROBE_BYTES, READ_PROBE_S = 1 << 30, 5.0  # at most
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,32 @@ class Rates:
 
     matvec_gb_s: float  # packed weights through a matrix-vector product
     disk_gb_s: float  # records of an expert's size, by as many threads as read
+
+
+def measure_rates(
+    model: Model,
+    n_files: int,
+    threads: int = 4,
+    past_page_cache: bool = True,
+    matvec_bytes: int = MEMORY_BYTES,
+) -> Rates:
+    """Measure this machine with the model's own engine, and records of its experts.
+
+    n_files: of the first layers; a folded checkpoint's others are links to them.
+    matvec_bytes: weights to multiply; fewer than a processor's cache holds look fast.
+    Raises: ConfigError if the files have not a record for each thread.
+    """
+    engine = model.mode["engine"]
+    rates = matvec_rates(matvec_bytes)[0]
+    products = [rate for name, rate in rates.items() if name.startswith(engine)]
+    size = model.store.files.formats[0].n_bytes
+    size -= size % 4096
+    mode = "direct" if past_page_cache else "cold"
+    with spans_of_files(model.store.files.files[:n_files], READ_PROBE_BYTES) as spans:
+        found = measure(spans, mode, size, threads, READ_PROBE_S)
+    if found is None:
+        raise ConfigError("this disk gave no record to measure; use fewer --threads")
+    return Rates(max(products), found.rate_gb_s)
 
 
 @dataclass(frozen=True)
