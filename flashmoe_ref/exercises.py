@@ -327,6 +327,32 @@ def _disk_for() -> Cases:
     ]
 
 
+def _files_that_fit() -> Cases:
+    return [
+        ((40, 6, 4, 60), 8),
+        ((400, 6, 4, 60), 60),  # no more than there are
+        ((9, 6, 4, 60), 0),
+        ((5, 6, 4, 60), 0),
+        ((46, 6, 4, 60), 10),
+    ]
+
+
+def _answer_of_a_tool() -> Cases:
+    tools = {
+        "add": (lambda a, b: a + b, {"a", "b"}),
+        "half": (lambda a: 1 / (a * 2), {"a"}),
+    }
+    calls = (
+        ("add", {"a": 1, "b": 2}, 3),
+        ("open", {"a": 1}, "error: no such tool"),
+        ("add", {"a": 1}, "error: wrong arguments"),
+        ("add", {"a": 1, "b": 2, "c": 3}, "error: wrong arguments"),
+        ("add", {"a": 1, "b": "x"}, "error: the tool failed"),
+        ("half", {"a": 0}, "error: the tool failed"),
+    )
+    return [((name, given, tools), expected) for name, given, expected in calls]
+
+
 CASES = {
     "0.1": _bytes_per_token,
     "0.2": _seconds_per_token,
@@ -354,4 +380,6 @@ CASES = {
     "11.2": _delete_by_swap,
     "12.1": _token_seconds,
     "12.2": _disk_for,
+    "13.1": _files_that_fit,
+    "13.2": _answer_of_a_tool,
 }
