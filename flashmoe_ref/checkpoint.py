@@ -16,7 +16,7 @@ import numpy as np
 from .accounting import module_shapes
 from .config import ModelConfig, read_json
 from .errors import CheckpointError
-from .headers import TensorInfo, read_header, read_tensor
+from .headers import TensorInfo, read_header, read_tensor, stamp, told_in_one_line
 from .naming import canonical_name, find_layout, next_projection_rows
 from .quantize import QuantizedMatrix, infer_quantization
 
@@ -37,6 +37,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]  # by canonical name, for example layers.0.mlp.gate
     quantization: dict[str, tuple[int, int]]  # canonical module -> (bits, group size)
     norms_are_zero_centred: bool
+    stamps: dict[Path, tuple[int, int, int]]  # of the shards, before they were read
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -45,11 +46,18 @@ class Checkpoint:
         Raises: ConfigError or CheckpointError naming file, fault and remedy.
         """
         path = Path(path)
+        with told_in_one_line(path):
+            return cls._open(path)
+
+    @classmethod
+    def _open(cls, path: Path) -> "Checkpoint":
         if not path.is_dir():
             raise CheckpointError(f"{path}: is not a folder; give the model's folder")
         raw_config = read_json(path / "config.json")
         config = ModelConfig.from_dict(raw_config, str(path / "config.json"))
-        found = _collect(path, find_shards(path))
+        shards = find_shards(path)
+        stamps = {shard: stamp(shard, shard) for shard in shards}
+        found = _collect(path, shards)
         layout = find_layout(path, found)
         quantization = _infer_quantization(path, config, found)
         _check_overrides(path, raw_config, quantization)
@@ -60,6 +68,7 @@ class Checkpoint:
             found,
             quantization,
             _norms_are_zero_centred(path, found, layout),
+            stamps,
         )
         checkpoint._check_shapes()
         return checkpoint
@@ -74,6 +83,15 @@ class Checkpoint:
         """Bytes of everything but the routed experts: what streaming keeps resident."""
         dense = (i.n_bytes for n, i in self.tensors.items() if ".mlp.experts." not in n)
         return sum(dense)
+
+    def check_unchanged(self) -> None:
+        """Raises: CheckpointError if a shard is not the file that was opened."""
+        for shard, before in self.stamps.items():
+            if stamp(shard, shard) != before:
+                raise CheckpointError(
+                    f"{shard}: was changed or replaced while it was read; what came "
+                    f"of it is not to be trusted, begin again"
+                )
 
     def module(self, name: str) -> np.ndarray | QuantizedMatrix:
         """Read a weight matrix (out, in), quantized if the file has it so.

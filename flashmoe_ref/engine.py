@@ -105,6 +105,7 @@ def load(
         if experts == "resident":
             store.fill()
         runner = _build(engine, compiled, checkpoint, store, config, cut)
+        checkpoint.check_unchanged()
     except BaseException:
         store.close()
         raise
@@ -286,14 +287,15 @@ class Model:
     ) -> np.ndarray:
         """Process a prompt in chunks. Returns logits (V,) of the last token, or (T, V).
 
-        Raises: ConfigError for ids that the model cannot take, NumericError.
+        Raises: ConfigError for ids that the model cannot take, and for a state that an
+        error left in the middle of a step; ReadError, NumericError.
         """
+        self.store.check_unchanged()
         start = time.perf_counter()
         rows = []
         for first in range(0, max(len(ids), 1), PREFILL_CHUNK):
             chunk = ids[first : first + PREFILL_CHUNK]
-            rows.append(self.engine.forward(chunk, state, all_logits))
-            self._check_finite(rows[-1])
+            rows.append(self._step(chunk, state, all_logits))
         self.meter.prompt_tokens += len(ids)
         self.meter.prefill_s += time.perf_counter() - start
         return np.concatenate(rows) if all_logits else rows[-1]
@@ -301,13 +303,31 @@ class Model:
     def decode(self, token: int, state: object) -> np.ndarray:
         """Process one generated token. Returns logits (V,) of the next.
 
-        Raises: ConfigError, NumericError.
+        Raises: ConfigError, ReadError, NumericError; see `prefill`.
         """
         start = time.perf_counter()
-        logits = self.engine.forward([token], state)
-        self._check_finite(logits)
+        logits = self._step([token], state)
         self.meter.generated_tokens += 1
         self.meter.decode_s += time.perf_counter() - start
+        return logits
+
+    def _step(
+        self, ids: Sequence[int], state: object, all_logits: bool = False
+    ) -> np.ndarray:
+        """One forward call. What an error leaves of the state is not used again."""
+        if not state.is_whole:
+            raise ConfigError(
+                "this state is unusable: an error or interrupt ended its last step in "
+                "the middle; begin with new_state(), or restore a snapshot"
+            )
+        state.is_whole = False
+        try:
+            logits = self.engine.forward(ids, state, all_logits)
+        except ConfigError:  # refused, before anything was changed
+            state.is_whole = True
+            raise
+        self._check_finite(logits)
+        state.is_whole = True
         return logits
 
     def _check_finite(self, logits: np.ndarray) -> None:

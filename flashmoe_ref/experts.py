@@ -15,7 +15,7 @@ import numpy as np
 from .checkpoint import Checkpoint
 from .config import ModelConfig, read_json
 from .errors import CheckpointError
-from .headers import DTYPES, TensorInfo
+from .headers import DTYPES, TensorInfo, told_in_one_line
 from .naming import PACKED_FOLDER
 from .quantize import QuantizedMatrix, infer_quantization
 
@@ -182,7 +182,9 @@ def packed_experts(folder: str | Path, config: ModelConfig) -> ExpertFiles:
     """
     folder = Path(folder)
     where = folder / LAYOUT_NAME
-    if not where.exists():
+    with told_in_one_line(where):
+        is_there = where.exists()
+    if not is_there:
         raise CheckpointError(
             f"{folder}: holds no packed experts ({LAYOUT_NAME} is missing); "
             f"make them with 'flashmoe pack', or use --experts stream"
@@ -197,7 +199,8 @@ def packed_experts(folder: str | Path, config: ModelConfig) -> ExpertFiles:
     formats = tuple(known[number] for number in layers)
     files = tuple(folder / packed_name(i) for i in range(config.num_hidden_layers))
     for file, fmt in zip(files, formats, strict=True):
-        _check_size(file, fmt.n_bytes * config.num_experts)
+        with told_in_one_line(file):
+            _check_size(file, fmt.n_bytes * config.num_experts)
     runs = tuple(
         (Run(0, len(fmt.parts), fmt.n_bytes, _packed_places(i, fmt, config)),)
         for i, fmt in enumerate(formats)

@@ -10,13 +10,15 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from .errors import CheckpointError
+from .errors import CheckpointError, FlashMoeError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 GIT_LFS_MAGIC = b"version https://git-lfs"
@@ -50,6 +52,30 @@ class TensorInfo:
     n_bytes: int
     dtype: np.dtype
     shape: tuple[int, ...]
+
+
+@contextmanager
+def told_in_one_line(path: Path) -> Iterator[None]:
+    """Turn what the system says while a model is read into a CheckpointError."""
+    try:
+        yield
+    except FlashMoeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(
+            f"{error.filename or path}: cannot be read ({reason})"
+        ) from None
+
+
+def stamp(file: Path | int, path: Path) -> tuple[int, int, int]:
+    """What differs when a file was replaced or written to. file: perhaps open.
+
+    Raises: CheckpointError naming the path.
+    """
+    with told_in_one_line(path):
+        found = os.stat(file)
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_header(path: str | Path) -> dict[str, TensorInfo]:

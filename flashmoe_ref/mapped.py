@@ -17,8 +17,9 @@ from .checkpoint import Checkpoint
 from .compiled_model import CompiledModel
 from .config import ModelConfig
 from .engine import Model
-from .errors import ConfigError
+from .errors import ConfigError, ReadError
 from .experts import ExpertFiles, ExpertFormat, experts_in_place
+from .headers import stamp
 from .quantize import QuantizedMatrix
 from .recording import SILENT
 from .streaming import Counters, Ticket
@@ -64,6 +65,7 @@ class MappedStore:
         self.counters = Counters()
         self.recorder = SILENT
         self.predictor = None  # nothing is read ahead
+        self._stamps = {path: stamp(path, path) for path in files.files}
         n_layers = range(config.num_hidden_layers)
         self._banks = [MappedBank(files, layer) for layer in n_layers]
 
@@ -75,6 +77,17 @@ class MappedStore:
         """Nothing to do: pages come when the kernel touches them."""
         self.recorder.requested(experts, [])
         return Ticket(list(experts))
+
+    def check_unchanged(self) -> None:
+        """Raises: ReadError if a file was replaced or written to since it was mapped.
+
+        DIFFERS: an `ExpertStore` may let its files be replaced, it has them open.
+        """
+        for path, before in self._stamps.items():
+            if not path.exists() or stamp(path, path) != before:
+                raise ReadError(
+                    f"{path}: was changed while it was mapped; load the model again"
+                )
 
     def close(self) -> None:
         """Forget the mapping; memory is unmapped when the last array is gone."""

@@ -92,6 +92,7 @@ class State:
 
     layers: list[AttentionState | DeltaState]
     n_tokens: int = 0
+    is_whole: bool = True  # False from the begin of a step until its end
 
     @property
     def n_bytes(self) -> int:
@@ -100,12 +101,13 @@ class State:
 
     def snapshot(self) -> "State":
         """An independent copy: the only way back, since delta states cannot rewind."""
-        return State([layer.copy() for layer in self.layers], self.n_tokens)
+        layers = [layer.copy() for layer in self.layers]
+        return State(layers, self.n_tokens, self.is_whole)
 
     def restore(self, snapshot: "State") -> None:
         """Return to a snapshot, which stays usable."""
         self.layers = [layer.copy() for layer in snapshot.layers]
-        self.n_tokens = snapshot.n_tokens
+        self.n_tokens, self.is_whole = snapshot.n_tokens, snapshot.is_whole
 
 
 class NumpyModel:

@@ -27,8 +27,13 @@ class Slots(ABC):
 
     def __init__(self, n_slots: int, pinned: Iterable[Key] = ()) -> None:
         self.pinned = {key: n_slots - 1 - i for i, key in enumerate(pinned)}
+        self.n_slots = n_slots
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all keys but the pinned, and free their slots."""
         self.slots: OrderedDict[Key, int] = OrderedDict()  # in order of arrival
-        self.free = list(range(n_slots - len(self.pinned) - 1, -1, -1))
+        self.free = list(range(self.n_slots - len(self.pinned) - 1, -1, -1))
 
     def used(self, keys: Sequence[Key]) -> None:  # noqa: B027 (FIFO does not care)
         """Keys were requested and are in slots; in the order of the request."""

@@ -69,8 +69,10 @@ def _block_of(fd: int, path: Path) -> int:
         try:
             os.preadv(fd, [_buffer()[:block]], block)
             return block
-        except OSError:
-            continue
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                os.close(fd)
+                raise ReadError(f"{path}: cannot be read ({error.strerror})") from None
     os.close(fd)
     raise _no_bypass(path)
 

@@ -10,7 +10,8 @@ Rules that keep this exact, whatever the slots, policy and threads: a short read
 error, never data; a slot whose read failed is forgotten; the caller computes from the
 slots of a request before it makes the next request, because that may refill them, and a
 read ahead spares them until then; no slot is read into twice at the same time; threads
-only read bytes and never call an engine.
+only read bytes and never call an engine. An interrupt (Ctrl-C) may come between any two
+of these steps: the next request makes good whatever it left half done.
 """
 
 import os
@@ -26,6 +27,7 @@ from .caching import Caching
 from .config import ModelConfig
 from .errors import ConfigError, ReadError
 from .experts import ExpertFiles
+from .headers import stamp
 from .policies import LruSlots, Slots
 from .reading import open_file, read_exactly, read_through_buffer
 from .recording import REQUEST, SILENT, WAIT, Silent
@@ -69,18 +71,17 @@ class Ticket:
         if not self._futures:
             return self.slots
         start = time.perf_counter()
+        wait(self._futures)  # all of them: none may still write after an error
+        self._counters.wait_s += time.perf_counter() - start
+        self._recorder.lap(WAIT)
         try:
-            wait(self._futures)  # all of them: none may still write after an error
             for future in self._futures:
                 future.result()
-        except BaseException:
-            wait(self._futures)
+        except Exception:
             self._cache.forget(self._keys)
-            raise
-        finally:
             self._futures = []
-            self._counters.wait_s += time.perf_counter() - start
-            self._recorder.lap(WAIT)
+            raise
+        self._futures = []  # NOTE: an interrupt leaves them for the next request
         return self.slots
 
 
@@ -123,10 +124,13 @@ class ExpertStore:
         shared: dict[int, dict[int, Future]] = {kind: {} for kind in kinds}
         self._ahead = [shared[kind] if step else {} for kind in kinds]
         self._last = Ticket([])  # the latest request
+        self._changing: int | None = None  # a layer whose cache is being changed
         self._lock = Lock()  # of counters.read_s
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._fds: list[int] = []
         self._blocks: list[int] = []  # by file: what its reads must be aligned to
+        self._stamps: list[tuple] = []  # by file
+        self._is_closed = False
         try:
             self._open_files(bypass_page_cache)
             self._read_pinned(caching.pins(*shape[1:]))
@@ -152,6 +156,26 @@ class ExpertStore:
             fd, block = open_file(path, bypass_page_cache)
             self._fds.append(fd)
             self._blocks.append(block)
+            self._stamps.append(stamp(fd, path))
+
+    def check_unchanged(self) -> None:
+        """Raises: ReadError if somebody wrote to a file since it was opened.
+
+        One that was replaced or removed is fine: the old one stays until it is closed.
+        """
+        self._check_open()
+        for path, fd, before in zip(
+            self.files.files, self._fds, self._stamps, strict=True
+        ):
+            if stamp(fd, path) != before:
+                raise ReadError(
+                    f"{path}: was changed while the model had it open; load the model "
+                    f"again, and check it with 'flashmoe verify'"
+                )
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ReadError("this model is closed: load it again")
 
     def _read_pinned(self, pinned: np.ndarray) -> None:
         for layer, row in enumerate(pinned):
@@ -178,8 +202,22 @@ class ExpertStore:
         The ticket's slots are in the order of experts. Small reads are done at once,
         larger ones by the threads while the caller computes something else.
         """
-        if self._last._futures:  # the caller was interrupted before it waited
+        self._begin(layer)
+        ticket = self._request(layer, experts)
+        self._changing = None
+        return ticket
+
+    def _begin(self, layer: int) -> None:
+        """Note that a layer's cache is about to change; make good an interrupt."""
+        if self._last._futures:  # it came before the caller had waited
             self._give_up(self._last, self._last._keys)
+        if self._changing is not None:  # it came while a cache was being changed
+            self._end_reads()
+            self._caches[self._changing].clear()
+            self._ahead[self._changing].clear()
+        self._changing = layer
+
+    def _request(self, layer: int, experts: Sequence[int]) -> Ticket:
         cache, first = self._caches[layer], self._first_key[layer]
         if not self.caching.keeps:
             cache = LruSlots(self.capacity)
@@ -212,28 +250,24 @@ class ExpertStore:
     ) -> None:
         """What was read ahead into the slots of a request: use it, or let it end."""
         ahead, absent = self._ahead[layer], set(missing)
-        try:
-            for key, slot in zip(keys, ticket.slots, strict=True):
-                future = ahead.get(slot)
-                if future is None:
-                    continue
-                if key in absent:  # another expert was on its way into this slot
-                    self._let_end([future])
-                else:
-                    self.counters.prefetch_hits += 1
-                    ticket._keys.append(key)
-                    if future not in ticket._futures:
-                        ticket._futures.append(future)
-                del ahead[slot]
-        except BaseException:
-            self._give_up(ticket, keys)
-            raise
+        for key, slot in zip(keys, ticket.slots, strict=True):
+            future = ahead.get(slot)
+            if future is None:
+                continue
+            if key in absent:  # another expert was on its way into this slot
+                self._let_end([future])
+            else:
+                self.counters.prefetch_hits += 1
+                ticket._keys.append(key)
+                if future not in ticket._futures:
+                    ticket._futures.append(future)
+            del ahead[slot]
 
     def _give_up(self, ticket: Ticket, keys: Sequence[int]) -> None:
         """Forget what may not have been read; nothing may write into it any more."""
         wait(ticket._futures)
-        ticket._futures = []
         ticket._cache.forget(keys)
+        ticket._futures = []
 
     def _let_end(self, futures: Sequence[Future]) -> None:
         """Wait until reads are over, whatever came of them."""
@@ -259,16 +293,14 @@ class ExpertStore:
         cache, ahead, first = self._caches[after], self._ahead[after], self._first_key
         named = self.predictor.after(layer, experts, scores)
         keep = [first[layer] + e for e in experts] if self.caching.is_shared else ()
+        self._changing = after
         keys, slots = cache.prefetch([first[after] + e for e in named], keep)
-        try:
-            # what was read ahead into these slots was never used, and is gone now
-            self._let_end([ahead[slot] for slot in slots if slot in ahead])
-            jobs = [(k - first[after], s) for k, s in zip(keys, slots, strict=True)]
-            if jobs:
-                ahead.update(self._submit("ahead", after, jobs))
-        except BaseException:
-            cache.forget(keys)
-            raise
+        # what was read ahead into these slots was never used, and is gone now
+        self._let_end([ahead[slot] for slot in slots if slot in ahead])
+        jobs = [(k - first[after], s) for k, s in zip(keys, slots, strict=True)]
+        if jobs:
+            ahead.update(self._submit("ahead", after, jobs))
+        self._changing = None
         self.counters.prefetched += len(jobs)
         self._count_reads(after, jobs)
         self.recorder.lap(REQUEST)
@@ -301,8 +333,9 @@ class ExpertStore:
     ) -> None:
         try:
             self.counters.wait_s += self._read_all(layer, jobs)
-        except BaseException:
+        except ReadError:
             self._give_up(ticket, [*missing, *ticket._keys])
+            self._changing = None
             raise
 
     def _read_all(self, layer: int, jobs: list[tuple[int, int]]) -> float:
@@ -310,6 +343,7 @@ class ExpertStore:
         clock, start, bank = [], time.perf_counter(), self._banks[layer]
         for expert, slot in jobs:
             for run in self.files.runs[layer]:
+                self._check_open()  # whoever closes waits for one read, not for all
                 file, offset = run.places[expert]
                 views = bank.views[slot][run.first : run.last]
                 block = self._blocks[file]
@@ -350,10 +384,15 @@ class ExpertStore:
                 self.request(layer, range(first, last)).wait()
         self.counters = Counters()
 
-    def close(self) -> None:
-        """Stop the threads and close the files. The store cannot be used afterwards."""
+    def _end_reads(self) -> None:
+        """Wait until no thread reads any more."""
         for pool in self._pools.values():
             pool.shutdown()
         self._pools = {}
+
+    def close(self) -> None:
+        """Stop the threads and close the files. The store cannot be used afterwards."""
+        self._is_closed = True
+        self._end_reads()
         while self._fds:
             os.close(self._fds.pop())

@@ -177,22 +177,6 @@ def test_lru_against_a_list(n_slots, requests):
 # --- faults ---------------------------------------------------------------------------
 
 
-def test_a_truncated_file_is_an_error_and_its_slot_is_forgotten(tmp_path):
-    folder = write_tiny(tmp_path / "m")
-    model = load(folder, engine="numpy", slots=K)
-    model.logits([1, 2, 3])
-    file = folder / "model.safetensors"
-    data = file.read_bytes()
-    os.truncate(file, 4096)  # the same inode: the open descriptor sees it
-    ids = list(range(90))
-    with pytest.raises(ReadError, match=r"model\.safetensors: reading expert \d+ of"):
-        model.logits(ids)
-    with open(file, "r+b") as repaired:
-        repaired.write(data)
-    with load(folder, engine="numpy", experts="resident") as whole:
-        np.testing.assert_array_equal(model.logits(ids), whole.logits(ids))
-
-
 @pytest.mark.parametrize("n_inline", [0, 1 << 30])
 def test_short_reads_are_continued(tiny, monkeypatch, n_inline):
     real = os.preadv
