@@ -223,8 +223,6 @@ def test_logits_that_are_no_numbers_are_never_data(folder, engine, value, monkey
     if engine == "mlx":
         pytest.importorskip("mlx")
     with load(folder, engine=engine) as model:
-        state = model.new_state()
-        model.prefill([1, 2, 3], state)
         forward = model.engine.forward
 
         def spoiled(*args):
@@ -235,4 +233,4 @@ def test_logits_that_are_no_numbers_are_never_data(folder, engine, value, monkey
         monkeypatch.setattr(model.engine, "forward", spoiled)
         for run in (model.prefill, lambda ids, s: model.decode(ids[0], s)):
             with pytest.raises(NumericError, match="try the other engine"):
-                run([4, 5], state)
+                run([4, 5], model.new_state())
