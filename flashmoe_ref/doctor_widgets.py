@@ -16,6 +16,7 @@ from .widgets import Explorer
 
 DISK_GB_S = (0.5, 1, 2, 3, 5.5, 7, 12.6, 17.5, 25, 50, 100)
 BITS = (2, 3, 4, 8)
+STYLE = {"description_width": "90px"}  # else "memory (GB)" is cut off
 
 
 def doctor_explorer(
@@ -39,8 +40,11 @@ def doctor_explorer(
             max=sizes_of_published(model).trained_k,
             description="K",
             continuous_update=False,
+            style=STYLE,
         ),
-        "bits": SelectionSlider(options=BITS, value=bits, description="bits"),
+        "bits": SelectionSlider(
+            options=BITS, value=bits, description="bits", style=STYLE
+        ),
     }
     view = cache(lambda *choice: doctor_view(*choice, model, place))
     return Explorer(
@@ -53,5 +57,9 @@ def doctor_explorer(
 def _slider(name: str, options: tuple, value: float) -> SelectionSlider:
     nearest = min(options, key=lambda option: abs(option - value))
     return SelectionSlider(
-        options=options, value=nearest, description=name, continuous_update=False
+        options=options,
+        value=nearest,
+        description=name,
+        continuous_update=False,
+        style=STYLE,
     )
