@@ -5,6 +5,7 @@ VENV := .venv
 PYTHON ?=
 BIN := $(VENV)/bin
 MODEL ?= data/reduced
+JOBS ?= 2
 
 .PHONY: help demo lab test bench notebooks handout lint format clean
 
@@ -32,8 +33,9 @@ demo: $(VENV)/.has-run
 lab: $(VENV)/.has-lab
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_start_here.ipynb
 
+# In two processes. All tests of a file, and all cells of a notebook, run in one of them.
 test: $(VENV)/.has-test
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/.has-test
 	$(BIN)/python -m tests.benchmarks $(ARGS)

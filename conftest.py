@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tests"))  # pytest's own `pythonpath` comes later
 
 import tally  # noqa: E402
-from notebook_times import NotebookTimes  # noqa: E402
+from notebook_times import NotebookTimes, processor_seconds  # noqa: E402
 
 os.environ.setdefault("FLASHMOE_PROFILE", "ci")
 os.environ.setdefault("PYTHONHASHSEED", "0")
@@ -20,6 +21,15 @@ os.environ.setdefault("PYTHONHASHSEED", "0")
 paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 os.environ.pop("MPLBACKEND", None)  # figures must be drawn inline, as in JupyterLab
+# Threads that wait by spinning would take the core that another process computes on.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# MLX compiles for the CPU into the temporary folder, and without a lock: two processes
+# at once would load what is half written. So each worker of `make test` has its own.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    temporary = Path(tempfile.gettempdir(), f"flashmoe-tests-{os.getuid()}-{worker}")
+    temporary.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
 
 times = NotebookTimes()
 tried: Counter[str] = Counter()  # see tests/tally.py
@@ -38,6 +48,10 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 # --- run time, and what was tried -----------------------------------------------------
 
+# `make test` spreads test files over processes. Tests run there; their reports, with
+# what is appended to `user_properties`, arrive in the process that ends the session.
+PROCESSOR = "processor time of the kernel"
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport]:
@@ -50,15 +64,20 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport]:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Add up the time of a notebook's cells, and of its kernel's start and end."""
     times.add_wall(report.nodeid, report.duration)
-    tried.update(dict(report.user_properties).get("tally", {}))
+    properties = dict(report.user_properties)
+    tried.update(properties.get("tally", {}))
+    if PROCESSOR in properties:
+        times.note_processor(report.nodeid, properties[PROCESSOR])
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """After each cell, look at the kernel's processor time: the last look stays."""
+    """After each cell, look at the kernel's processor time."""
     kernel = getattr(item.parent, "kernel", None)
     if kernel is not None and kernel.is_alive():
-        times.note_processor(item.nodeid, kernel.km.provisioner.pid)
+        seconds = processor_seconds(kernel.km.provisioner.pid)
+        if seconds is not None:  # else it has died, and a test says so
+            item.user_properties.append((PROCESSOR, seconds))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

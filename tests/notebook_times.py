@@ -15,6 +15,16 @@ import psutil
 EACH_S, ALL_S = 60, 360  # on two cores
 
 
+def processor_seconds(pid: int) -> float | None:
+    """What a running process and its ended children have used; None if it has died."""
+    try:
+        used = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return None
+    children_s = used.children_user + used.children_system
+    return used.user + used.system + children_s
+
+
 @dataclass
 class NotebookTimes:
     """Seconds by notebook; ids are pytest's, such as notebooks/00.ipynb::Cell 3."""
@@ -28,15 +38,10 @@ class NotebookTimes:
         if path.endswith(".ipynb"):
             self.wall_s[path] += seconds
 
-    def note_processor(self, nodeid: str, pid: int) -> None:
-        """Note the processor time that a running kernel has used so far."""
+    def note_processor(self, nodeid: str, seconds: float) -> None:
+        """Note the processor time of a notebook's kernel so far; the last one stays."""
         path, _, _cell = nodeid.partition("::")
-        try:
-            used = psutil.Process(pid).cpu_times()
-        except psutil.Error:
-            return  # it has died, and a test says so
-        children_s = used.children_user + used.children_system
-        self.processor_s[path] = used.user + used.system + children_s
+        self.processor_s[path] = seconds
 
     def used_s(self, path: str) -> float:
         """What counts: wall time, or processor time where that is less."""

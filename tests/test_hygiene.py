@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from notebook_times import NotebookTimes
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
@@ -101,34 +99,6 @@ def test_cells_are_formatted_and_linted(command: list[str]) -> None:
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_a_notebook_beyond_its_time_fails_the_session() -> None:
-    times = NotebookTimes()
-    for nodeid, seconds in (
-        ("notebooks/00.ipynb::Cell 0", 50.0),
-        ("notebooks/00.ipynb::Cell 1", 9.0),
-        ("tests/test_x.py::test_y", 1000.0),
-    ):
-        times.add_wall(nodeid, seconds)
-    assert times.wall_s == {"notebooks/00.ipynb": 59.0}
-    assert not times.complaints()
-    times.add_wall("notebooks/00.ipynb::Cell 2", 10.0)
-    assert times.complaints() == ["notebooks/00.ipynb took 69 s; a notebook has 60 s"]
-    times.processor_s["notebooks/00.ipynb"] = 30.0  # slow because others computed
-    assert not times.complaints()
-    for number in range(1, 8):
-        times.add_wall(f"notebooks/0{number}.ipynb::Cell 0", 50.0)
-    assert times.complaints() == ["the notebooks took 380 s; they have 360 s"]
-    assert times.summary()[-1].split() == ["all", "notebooks", "419.0", "s"]
-
-
-def test_processor_time_of_a_kernel_is_seen() -> None:
-    times = NotebookTimes()
-    times.note_processor("notebooks/00.ipynb::Cell 0", os.getpid())
-    assert times.processor_s["notebooks/00.ipynb"] > 0.1  # this process's own
-    times.note_processor("notebooks/01.ipynb::Cell 0", 2**22 + 1)  # no such process
-    assert "notebooks/01.ipynb" not in times.processor_s
 
 
 @each_notebook
