@@ -7,12 +7,14 @@ in `slots.py`, reading in `streaming.py`. *Taught in notebooks/08.*
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from .config import ModelConfig
 from .errors import ConfigError
-from .policies import HALF_LIFE, LIVE_POLICIES, Slots, make_slots
-from .predictors import Predictor
+from .policies import HALF_LIFE, LIVE_POLICIES, Slots, make_slots, most_frequent
+from .predictors import Predictor, make_predictor
 
 
 @dataclass(frozen=True)
@@ -128,3 +130,54 @@ class Caching:
         n_slots = k if self.slots is None else self.slots
         rows = [np.flatnonzero(row).tolist() for row in pins]
         return [make_slots(self.policy, n_slots, row) for row in rows]
+
+
+def make_caching(
+    config: ModelConfig,
+    slots: int | None,
+    budget: int | None,
+    policy: str,
+    pin: int,
+    prefetch: str | None,
+    profile: str | Path | np.ndarray | None,
+) -> Caching:
+    """The settings of a store, as load() names them.
+
+    Raises: ConfigError, TraceError or OSError for the profile.
+    """
+    shape = config.num_hidden_layers, config.num_experts
+    picks = None if profile is None else _read_profile(profile, *shape)
+    pinned = predictor = None
+    if pin:
+        if pin < 0 or picks is None:
+            raise ConfigError(
+                f"pin={pin}: give a number of experts, and in profile= a recorded "
+                f"trace that tells which are used most"
+            )
+        counts = np.zeros(shape, int)
+        _, layers, _ = kept = np.nonzero(picks >= 0)
+        np.add.at(counts, (layers, picks[kept]), 1)
+        pinned = most_frequent(counts, pin, budget is not None)
+    if prefetch is not None:
+        k = config.num_experts_per_tok
+        predictor = make_predictor(prefetch, *shape, k, picks)
+    return Caching(slots, budget, policy, pinned, predictor)
+
+
+def _read_profile(
+    profile: str | Path | np.ndarray, n_layers: int, n_experts: int
+) -> np.ndarray:
+    """The picks (T, L, K) of another run. Raises: ConfigError, TraceError, OSError."""
+    picks = profile
+    if isinstance(profile, str | Path):
+        from .trace_format import read_arrays
+
+        picks = read_arrays(profile)[0]["picks"]
+    picks = np.asarray(picks)
+    fits = picks.ndim == 3 and picks.shape[1] == n_layers and picks.size > 0
+    if not fits or picks.min() < -1 or picks.max() >= n_experts:
+        raise ConfigError(
+            f"profile: picks of shape {picks.shape} do not belong to a model of "
+            f"{n_layers} layers with {n_experts} experts; record a trace with this one"
+        )
+    return picks.astype(int)

@@ -16,6 +16,7 @@ import numpy as np
 from .accounting import module_shapes
 from .config import ModelConfig, read_json
 from .errors import CheckpointError
+from .guards import check_weights
 from .headers import TensorInfo, read_header, read_tensor, stamp, told_in_one_line
 from .naming import canonical_name, find_layout, next_projection_rows
 from .quantize import QuantizedMatrix, infer_quantization
@@ -38,6 +39,7 @@ class Checkpoint:
     quantization: dict[str, tuple[int, int]]  # canonical module -> (bits, group size)
     norms_are_zero_centred: bool
     stamps: dict[Path, tuple[int, int, int]]  # of the shards, before they were read
+    guards: bool = True  # refuse weights that hold NaN or infinity
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -97,11 +99,12 @@ class Checkpoint:
         """Read a weight matrix (out, in), quantized if the file has it so.
 
         Shapes: floats come in the file's dtype; conv1d as (C, kernel) float32.
-        Raises: CheckpointError if a file changed since its header was read.
+        Raises: CheckpointError if a file changed since its header was read;
+                NumericError for NaN or infinity, if there are guards.
         """
         if name.endswith("conv1d"):
-            info = self.tensors[f"{name}.weight"]
-            return read_tensor(info).reshape(info.shape[0], -1).astype(np.float32)
+            conv = self._read(f"{name}.weight")
+            return conv.reshape(len(conv), -1).astype(np.float32)
         source, rows = next_projection_rows(self.config, name, self.tensors)
         parts = {
             kind: self._part(f"{source}.{kind}", rows)
@@ -112,8 +115,14 @@ class Checkpoint:
             return parts["weight"]
         return QuantizedMatrix(**parts, **self._widths(source))
 
+    def _read(self, name: str) -> np.ndarray:
+        values = read_tensor(self.tensors[name])
+        if self.guards:
+            check_weights(name, self.tensors[name], values)
+        return values
+
     def _part(self, name: str, rows: np.ndarray | None) -> np.ndarray:
-        array = read_tensor(self.tensors[name])
+        array = self._read(name)
         return array if rows is None else array[rows]
 
     def _widths(self, module: str) -> dict[str, int]:
@@ -123,10 +132,11 @@ class Checkpoint:
     def vector(self, name: str) -> np.ndarray:
         """Read a norm, A_log or dt_bias as float32; norms become plain weights.
 
+        Raises: as `module`.
         Source: Qwen3.5 `RMSNorm`, which multiplies by 1 + weight.
         """
         stored = f"{name}.weight" if f"{name}.weight" in self.tensors else name
-        values = read_tensor(self.tensors[stored]).astype(np.float32)
+        values = self._read(stored).astype(np.float32)
         if self.norms_are_zero_centred and ZERO_CENTRED.search(name):
             values += 1.0
         return values

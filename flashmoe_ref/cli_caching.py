@@ -19,6 +19,10 @@ ABOUT = """Nothing here changes a bit of what the model says: only how many byte
 read, and when. Record a run with --trace to see what would help."""
 
 
+ABOUT_CHECKS = """Weights with NaN or infinity are refused, dense ones at the start and
+experts as they are read; logits and a router's scores always."""
+
+
 def add_options(parser: ArgumentParser) -> None:
     """Options of commands that run a model."""
     group = parser.add_argument_group("experts in memory", ABOUT)
@@ -26,11 +30,17 @@ def add_options(parser: ArgumentParser) -> None:
         options = {"type": kind, "metavar": metavar, "default": default}
         group.add_argument(f"--{name}", help=" ".join(text.split()), **options)
     group.add_argument("--bypass-page-cache", action="store_true", help=_BYPASS)
+    checks = parser.add_argument_group("checks", ABOUT_CHECKS)
+    checks.add_argument("--verify-reads", action="store_true", help=_VERIFY)
+    checks.add_argument("--no-guards", action="store_true", help=_NO_GUARDS)
 
 
 def chosen(args: Namespace) -> dict[str, object]:
     """The same as keywords of load()."""
-    return {name: getattr(args, name) for name in NAMES}
+    return {name: getattr(args, name) for name in NAMES} | {
+        "verify_reads": args.verify_reads,
+        "guards": not args.no_guards,
+    }
 
 
 _OPTIONS = (
@@ -81,4 +91,13 @@ _BYPASS = " ".join(
     second copy. Every miss then costs a read from the disk: give slots or a budget.
     Linux copies what is not aligned to the disk's blocks, the report says so; macOS
     still serves what its cache already holds""".split()
+)
+_VERIFY = " ".join(
+    """compare packed experts with their checksums at every read, so that a disk or a
+    cable that changes bytes is an error. A thread does about 2 GB a second: tokens of
+    the reduced model, all of it cached, take a quarter longer""".split()
+)
+_NO_GUARDS = " ".join(
+    """look for neither in weights. Looking costs half a percent of a token's time on
+    the reduced model""".split()
 )

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import steps
 from .compiled_model import CompiledModel
+from .guards import check_routing
 from .routing_cut import NONE, drop_none
 
 
@@ -23,6 +24,7 @@ class CutModel(CompiledModel):
         h, *picked = steps.route_step(
             x, *route, self.cut.trained_k, self.config.rms_norm_eps
         )
+        check_routing(layer, picked[1])
         picked = (row[None] for row in picked)
         experts, weights = self.cut.apply(layer, *picked, store.counters)
         store.recorder.routed(experts, weights)

@@ -17,6 +17,7 @@ from . import kernels, layers, prompt_kernels, recording, steps
 from .checkpoint import Checkpoint
 from .compiled import announce_compiling
 from .config import ModelConfig
+from .guards import check_routing
 from .kernels import prepare
 from .numpy_model import PROJECTIONS, Matrix, NumpyModel, State
 from .quantize import QuantizedMatrix
@@ -96,6 +97,7 @@ class CompiledModel(NumpyModel):
         h, experts, weights = steps.route_step(
             x, *route, c.num_experts_per_tok, c.rms_norm_eps
         )
+        check_routing(layer, weights)
         self.store.recorder.routed(experts, weights)
         return h, experts.tolist(), weights
 

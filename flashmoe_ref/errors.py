@@ -22,7 +22,11 @@ class ReadError(FlashMoeError, OSError):
 
 
 class NumericError(FlashMoeError, ArithmeticError):
-    """Logits that are no numbers: what follows from them would be noise."""
+    """NaN or infinity in weights or logits: what follows from them would be noise."""
+
+
+class RoutingError(NumericError):
+    """A router's scores that are no numbers: they would pick experts at random."""
 
 
 class TokenizerError(FlashMoeError, ValueError):

@@ -15,6 +15,7 @@ from . import layers, recording
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import ConfigError
+from .guards import check_routing
 from .layers import AttentionState, DeltaState
 from .quantize import QuantizedMatrix, dequantize
 from .routing_cut import NONE, RoutingCut, drop_none
@@ -220,12 +221,17 @@ class NumpyModel:
     def route(
         self, layer: int, router_logits: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Each token's experts and their weights. Shapes: (T, E) -> both (T, K)."""
+        """Each token's experts and their weights. Shapes: (T, E) -> both (T, K).
+
+        Raises: RoutingError for scores that are no numbers.
+        """
         cut = self.cut
+        k = self.config.num_experts_per_tok if cut is None else cut.trained_k
+        experts, weights = self.route_topk(router_logits, k)
+        check_routing(layer, weights)
         if cut is None:
-            return self.route_topk(router_logits, self.config.num_experts_per_tok)
-        picked = self.route_topk(router_logits, cut.trained_k)
-        return cut.apply(layer, *picked, self.store.counters)
+            return experts, weights
+        return cut.apply(layer, experts, weights, self.store.counters)
 
     def prefetch(self, layer: int, picks: list[int], h: np.ndarray) -> None:
         """Let threads read what the next layer may need while this one computes.

@@ -2,10 +2,11 @@
 
 Writes the layout of Dan Woods' flash-moe: `packed_experts/layer_00.bin`, with expert e
 at byte e * expert_size, and `layout.json`, which says what an expert's record holds.
-Ours adds keys to it (`format`, `bits`, `group_size`, `source`), and digests beside each
-file. Where layers differ in their bits, `formats` describes each kind of record and
-`layers` says which one a layer has. **But:** only this package reads that: flash-moe
-knows one size of expert. *Taught in notebooks/06.*
+Ours adds keys to it (`format`, `bits`, `group_size`, `source`), and beside each file
+digests, and checksums that are quick enough to be compared at each read. Where layers
+differ in their bits, `formats` describes each kind of record and `layers` says which
+one a layer has. **But:** only this package reads that: flash-moe knows one size of
+expert. *Taught in notebooks/06.*
 """
 
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .arrivals import checksum, checksum_lines, checksum_path
 from .checkpoint import Checkpoint
 from .experts import (
     LAYOUT_NAME,
@@ -64,7 +66,7 @@ def pack(
         write_small(target / LAYOUT_NAME, layout)
         with progress_bar(target.name, sum(sizes.values()), progress) as bar:
             for layer, (path, layer_bytes) in enumerate(sizes.items()):
-                if is_finished(path):
+                if is_finished(path) and checksum_path(path).exists():
                     bar.update(layer_bytes)
                 else:
                     _pack_layer(path, experts, layer, bar)
@@ -141,8 +143,11 @@ def _pack_layer(path: Path, experts: ExpertFiles, layer: int, bar: tqdm) -> None
         runs = experts.runs[layer]
         numbers = {place[0] for run in runs for place in run.places}
         files = {n: stack.enter_context(open(experts.files[n], "rb")) for n in numbers}
+        checksums = [0] * len(labels)
         for expert, label in enumerate(labels):
             for run in runs:  # in the order of the record
                 number, offset = run.places[expert]
                 data = read_bytes(files[number], offset, run.n_bytes)
+                checksums[expert] = checksum([data], checksums[expert])
                 bar.update(packed.write(label, data))
+        write_small(checksum_path(path), checksum_lines(checksums))

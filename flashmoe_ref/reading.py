@@ -90,7 +90,7 @@ def read_exactly(fd: int, views: Sequence[memoryview], offset: int) -> None:
     Python repeats a read that a signal interrupts; a short one is continued here.
     Raises: OSError, also where the file ends before the views are full.
     """
-    n_wanted = sum(len(view) for view in views)
+    n_wanted = sum(map(len, views))
     if n_wanted <= MAX_READ_BYTES:  # the usual case: one call, done
         n = os.preadv(fd, views, offset)
         if n == n_wanted:

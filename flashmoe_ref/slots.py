@@ -11,6 +11,7 @@ from math import gcd
 
 import numpy as np
 
+from .arrivals import FindBad, Floats
 from .experts import ExpertFormat, Run
 from .quantize import QuantizedMatrix
 
@@ -23,6 +24,9 @@ def allocate_numpy(shape: tuple[int, ...], dtype: np.dtype) -> tuple:
     n_bytes = int(np.prod(shape)) * dtype.itemsize
     buffer = np.frombuffer(mmap.mmap(-1, max(n_bytes, 1)), np.uint8, n_bytes)
     return buffer.view(dtype).reshape(shape), buffer.reshape(shape[0], -1)
+
+
+CACHE_BYTES = 1 << 19  # of records: what the processor keeps until they are checked
 
 
 class SlotBank:
@@ -43,9 +47,19 @@ class SlotBank:
         self.granules = [gcd(v.ctypes.data, v.shape[1]) for v in views]
         # [slot][part]: made once, a memoryview costs more than a small read
         self.views = [[memoryview(v[slot]) for v in views] for slot in range(n_slots)]
+        self._floats = Floats(fmt.parts, views)
+        # experts that a thread reads before it checks them: a check has a fixed price
+        self.n_at_once = max(1, CACHE_BYTES // fmt.n_bytes)
+
+    def find_bad(self, find: FindBad, slots: Sequence[int]) -> tuple[int, int] | None:
+        """The first NaN or infinity in slots whose views this thread has just filled.
+
+        Returns the index into slots, and the number of the part.
+        """
+        return find(self._floats, slots)
 
     def arrived(self, slot: int) -> None:
-        """Called when a slot's views have been filled: here the bytes are in place."""
+        """Called when a slot's views are filled and checked: here all is in place."""
 
     @property
     def n_bytes(self) -> int:

@@ -18,71 +18,23 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from threading import Lock
 
 import numpy as np
 
+from .arrivals import Checks, bad_expert, changed_expert, checksum
 from .caching import Caching
 from .config import ModelConfig
-from .errors import ConfigError, ReadError
+from .errors import ConfigError, NumericError, ReadError
 from .experts import ExpertFiles
 from .headers import stamp
-from .policies import LruSlots, Slots
+from .policies import LruSlots
 from .reading import open_file, read_exactly, read_through_buffer
-from .recording import REQUEST, SILENT, WAIT, Silent
+from .recording import REQUEST, SILENT, WAIT
 from .slots import MakeBank, SlotBank, kinds_of
+from .tickets import Counters, Ticket
 
 INLINE_BYTES = 1 << 20  # fewer missing bytes are read at once: handing over costs more
-
-
-@dataclass
-class Counters:
-    """What a store did. Times in seconds, summed over threads for read_s."""
-
-    hits: int = 0  # experts found in a slot, or on their way into one
-    misses: int = 0  # experts read because they were needed
-    prefetched: int = 0  # experts read ahead
-    prefetch_hits: int = 0  # of those, used before they were evicted
-    routed: int = 0  # tokens times layers whose routing was cut: see routing_cut.py
-    picked: int = 0  # experts that these kept
-    reads: int = 0  # positioned reads issued
-    bytes_read: int = 0
-    read_s: float = 0.0  # spent inside reads, all threads together
-    wait_s: float = 0.0  # the computing thread stood still for reads
-
-
-@dataclass
-class Ticket:
-    """A request under way. Call wait() before computing from the slots."""
-
-    slots: list[int]
-    _keys: list[int] = field(default_factory=list)  # that are still being read
-    _futures: list[Future] = field(default_factory=list)
-    _cache: Slots | None = None
-    _counters: Counters | None = None
-    _recorder: Silent = SILENT
-
-    def wait(self) -> list[int]:
-        """Block until all experts are in their slots; returns the slots.
-
-        Raises: ReadError; then the slots of this request are forgotten.
-        """
-        if not self._futures:
-            return self.slots
-        start = time.perf_counter()
-        wait(self._futures)  # all of them: none may still write after an error
-        self._counters.wait_s += time.perf_counter() - start
-        self._recorder.lap(WAIT)
-        try:
-            for future in self._futures:
-                future.result()
-        except Exception:
-            self._cache.forget(self._keys)
-            self._futures = []
-            raise
-        self._futures = []  # NOTE: an interrupt leaves them for the next request
-        return self.slots
 
 
 class ExpertStore:
@@ -104,10 +56,12 @@ class ExpertStore:
         caching: Caching = Caching(),  # noqa: B008 (it is frozen)
         threads: int = 4,
         bypass_page_cache: bool = False,
+        checks: Checks = Checks(),  # noqa: B008
     ) -> None:
         if threads < 1:
             raise ConfigError(f"threads={threads}: at least one thread must read")
         self.files, self.caching, self.threads = files, caching, threads
+        self.checks = checks  # of experts that were read
         self.n_layers, n_experts = config.num_hidden_layers, config.num_experts
         shape = (config.num_experts_per_tok, self.n_layers, n_experts)
         kinds = kinds_of(files.formats)
@@ -333,37 +287,58 @@ class ExpertStore:
     ) -> None:
         try:
             self.counters.wait_s += self._read_all(layer, jobs)
-        except ReadError:
+        except (ReadError, NumericError):
             self._give_up(ticket, [*missing, *ticket._keys])
             self._changing = None
             raise
 
     def _read_all(self, layer: int, jobs: list[tuple[int, int]]) -> float:
-        """Read some experts into their slots; returns the seconds it took."""
+        """Read some experts into their slots, and check them; returns the seconds."""
         clock, start, bank = [], time.perf_counter(), self._banks[layer]
-        for expert, slot in jobs:
-            for run in self.files.runs[layer]:
-                self._check_open()  # whoever closes waits for one read, not for all
-                file, offset = run.places[expert]
-                views = bank.views[slot][run.first : run.last]
-                block = self._blocks[file]
-                try:
-                    if block == 1 or bank.is_aligned(run, offset, block):
-                        read_exactly(self._fds[file], views, offset)
-                    else:
-                        read_through_buffer(self._fds[file], views, offset, block)
-                except OSError as error:
-                    raise ReadError(
-                        f"{self.files.files[file]}: reading expert {expert} of layer "
-                        f"{layer} failed ({error.strerror or error}); was the file "
-                        f"changed? check it with 'flashmoe verify'"
-                    ) from None
-            bank.arrived(slot)
-            clock.append(time.perf_counter())
+        for first in range(0, len(jobs), bank.n_at_once):
+            some = jobs[first : first + bank.n_at_once]
+            for expert, slot in some:
+                self._read(layer, expert, bank.views[slot])
+                clock.append(time.perf_counter())
+            self._check(layer, some)
+            for _, slot in some:
+                bank.arrived(slot)
+            clock[-1] = time.perf_counter()
         self.recorder.read(layer, jobs, start, clock)
         with self._lock:
             self.counters.read_s += clock[-1] - start
         return clock[-1] - start
+
+    def _read(self, layer: int, expert: int, views: list[memoryview]) -> None:
+        bank = self._banks[layer]
+        for run in self.files.runs[layer]:
+            self._check_open()  # whoever closes waits for one read, not for all
+            file, offset = run.places[expert]
+            filled, block = views[run.first : run.last], self._blocks[file]
+            try:
+                if block == 1 or bank.is_aligned(run, offset, block):
+                    read_exactly(self._fds[file], filled, offset)
+                else:
+                    read_through_buffer(self._fds[file], filled, offset, block)
+            except OSError as error:
+                raise ReadError(
+                    f"{self.files.files[file]}: reading expert {expert} of layer "
+                    f"{layer} failed ({error.strerror or error}); was the file "
+                    f"changed? check it with 'flashmoe verify'"
+                ) from None
+
+    def _check(self, layer: int, jobs: list[tuple[int, int]]) -> None:
+        """Raises: ReadError for other bytes than were packed, NumericError for NaN."""
+        bank, checks = self._banks[layer], self.checks
+        if checks.checksums is not None:
+            for expert, slot in jobs:
+                if checksum(bank.views[slot]) != checks.checksums[layer][expert]:
+                    raise changed_expert(self.files, layer, expert)
+        if checks.find_bad is not None:
+            found = bank.find_bad(checks.find_bad, [slot for _, slot in jobs])
+            if found is not None:
+                position, part = found
+                raise bad_expert(self.files, layer, jobs[position][0], part)
 
     @property
     def copies(self) -> bool:

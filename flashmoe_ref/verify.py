@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from .arrivals import checksum, checksum_path, read_checksums
 from .checkpoint import Checkpoint, find_shards
 from .config import read_json
 from .errors import CheckpointError, PackError
@@ -181,6 +182,9 @@ def _layer_problems(
     if digests and list(digests) != [expert_label(e) for e in range(n_experts)]:
         yield f"{digest_path(path)}: does not list the experts; pack again"
         return
+    checksums = None
+    if checksum_path(path).exists():
+        checksums = read_checksums(path, n_experts)
     with ExitStack() as stack:
         file = stack.enter_context(open(path, "rb"))
         runs = source.runs[layer] if source else ()
@@ -195,6 +199,8 @@ def _layer_problems(
                 yield f"{where} has changed since it was packed; pack again"
             elif source and record != b"".join(_in_place(source, layer, expert, files)):
                 yield f"{where} differs from the checkpoint; verify that, or pack again"
+            elif checksums and checksum([record]) != checksums[expert]:
+                yield f"{where}: its checksum has changed; pack again"
 
 
 def _in_place(
