@@ -33,9 +33,11 @@ demo: $(VENV)/.has-run
 lab: $(VENV)/.has-lab
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_start_here.ipynb
 
-# In two processes. All tests of a file, and all cells of a notebook, run in one of them.
+# In two processes: all tests of a file, and all cells of a notebook, run in one of them.
+# Notebooks come last, when the tests have compiled the kernels: a lesson's time is limited.
+# One file in one process: make test ARGS="-n 0 tests/test_layers.py"
 test: $(VENV)/.has-test
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.has-test
 	$(BIN)/python -m tests.benchmarks $(ARGS)
