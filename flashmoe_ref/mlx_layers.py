@@ -8,7 +8,6 @@ float32 everywhere: norms, decay, delta states, router.
 *Taught in notebooks/04.*
 """
 
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -234,25 +233,18 @@ def gated_delta_net(
     return linear(gated.reshape(t, -1).astype(h.dtype), w["out_proj"])
 
 
-def compile_step(w: dict, n_key_heads: int, eps: float) -> Callable:
-    """gated_delta_net of one layer as (h, conv, s) -> (y, conv, s), traced once.
-
-    A token is a few dozen small operations, whose price is mostly that of starting
-    them; mx.compile fuses some and saves Python the building of the graph each time.
-    NOTE: on the CPU MLX builds fused kernels with the C++ compiler that it finds, about
-    a second each, and keeps them in the temporary folder: the first token on a machine
-    takes some seconds. Without a compiler the same runs unfused.
-    """
-
-    def step(h: mx.array, conv: mx.array, s: mx.array) -> tuple[mx.array, ...]:
-        state = DeltaState(conv, s)
-        y = gated_delta_net(h, w, state, n_key_heads, eps)
-        return y, state.conv, state.s
-
-    return mx.compile(step)
-
-
 # --- Mixture of Experts ---------------------------------------------------------------
+
+
+def route_topk(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Pick each token's k best experts and their mixing weights; all in float32.
+
+    Shapes: logits (T, E) -> experts (T, k) uint32, best first, weights (T, k).
+    """
+    probabilities = mx.softmax(logits, axis=-1)
+    experts = mx.argsort(-probabilities, axis=-1)[:, :k]
+    weights = mx.take_along_axis(probabilities, experts, axis=-1)
+    return experts, weights / weights.sum(axis=-1, keepdims=True)
 
 
 def expert_mlp(

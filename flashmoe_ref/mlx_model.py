@@ -6,9 +6,18 @@ has them. **But:** batch size one. *Taught in notebooks/04 and 07.*
 
 How it maps to the reference:
 
-*Laziness.* MLX computes when asked to. There is one wait a layer: for the router's
-logits, since which experts to read depends on them. Everything before is computed by
-then, so the experts of layer l are evaluated no later than the router of layer l + 1.
+*Laziness.* MLX computes when asked to. Where experts are streamed there is one wait a
+layer: for the router's picks, since what to read depends on them. Everything before is
+computed by then, so the experts of layer l are evaluated no later than the router of
+layer l + 1. Where all are resident, Python need not know the picks: a token has one
+wait, for its logits.
+
+*Parts.* A layer's arrays go through three functions: `mix_step`, `route_step`,
+`experts_step`. For a single token each is traced once and replayed by mx.compile: a
+token is some dozens of small operations a layer, whose price is that of starting them.
+NOTE: on the CPU MLX builds fused operations with the C++ compiler that it finds, about
+a second each, and keeps them in the temporary folder: the first token on a machine
+takes some seconds. Without a compiler the same runs unfused.
 
 *Slots.* A slot is refilled only by a request to its bank, and a request follows a wait
 that covers every use of the bank so far: the router's of the next layer for a bank that
@@ -29,12 +38,12 @@ may make the next call, but only one at a time. The store's threads only read by
 
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
-from . import layers as reference
 from . import mlx_layers as layers
 from . import recording
 from .checkpoint import Checkpoint
@@ -164,14 +173,9 @@ class MlxModel:
         mx.eval(self.periods, self.norm, self.embed_tokens.arrays, self.lm_head.arrays)
         n_layers = range(config.num_hidden_layers)
         self.layers = [load_layer(checkpoint, layer) for layer in n_layers]
-        step = (config.linear_num_key_heads, config.rms_norm_eps)
-        self.steps = {  # of the Gated DeltaNet layers
-            layer: layers.compile_step(self.layers[layer], *step)
-            for layer in n_layers
-            if config.is_linear(layer)
-        }
         self.experts = [bank_matrices(store.bank(layer)) for layer in n_layers]
         self.widened_bytes = [widened_bytes(e, self.dtype) for e in self.experts]
+        self.traced: dict[tuple[str, int], Callable] = {}  # by part and layer
 
     def new_state(self) -> State:
         """The state before the first token."""
@@ -218,61 +222,82 @@ class MlxModel:
 
     def layer(self, layer: int, x: mx.array, state: State) -> mx.array:
         """One block: mix over time, then over experts. Shapes: x (T, D) -> (T, D)."""
-        w, eps = self.layers[layer], self.config.rms_norm_eps
-        h = layers.rms_norm(x, w["input_layernorm"], eps)
-        x = x + self.mix(layer, h, state)
-        h = layers.rms_norm(x, w["post_attention_layernorm"], eps)
-        x = x + self.moe(layer, h)
+        x = self.moe(layer, self.mix(layer, x, state))
         mx.async_eval(x)  # MLX computes it while Python builds the next layer's graph
         return x
 
-    def mix(self, layer: int, h: mx.array, state: State) -> mx.array:
-        """Gated DeltaNet or gated attention. Shapes: h (T, D) -> (T, D)."""
-        c, w, own = self.config, self.layers[layer], state.layers[layer]
-        if c.is_linear(layer):
-            if len(h) == 1:
-                y, own.conv, own.s = self.steps[layer](h, own.conv, own.s)
-                return y
-            heads = c.linear_num_key_heads
-            return layers.gated_delta_net(h, w, own, heads, c.rms_norm_eps)
-        return layers.gated_attention(h, w, own, self.periods, c.rms_norm_eps)
+    def mix(self, layer: int, x: mx.array, state: State) -> mx.array:
+        """Add Gated DeltaNet or gated attention. Shapes: x (T, D) -> (T, D)."""
+        w, own, eps = self.layers[layer], state.layers[layer], self.config.rms_norm_eps
+        if self.config.is_linear(layer):
+            x, own.conv, own.s = self.part("mix_step", layer, x, own.conv, own.s)
+            return x
+        h = layers.rms_norm(x, w["input_layernorm"], eps)
+        return x + layers.gated_attention(h, w, own, self.periods, eps)
 
-    def moe(self, layer: int, h: mx.array) -> mx.array:
-        """Routed experts plus the shared one. Shapes: h (T, D) -> (T, D).
+    def mix_step(
+        self, layer: int, x: mx.array, conv: mx.array, s: mx.array
+    ) -> tuple[mx.array, ...]:
+        """Gated DeltaNet as arrays to arrays: x (T, D), conv, s -> the same, new."""
+        c, w, own = self.config, self.layers[layer], DeltaState(conv, s)
+        h = layers.rms_norm(x, w["input_layernorm"], c.rms_norm_eps)
+        heads = c.linear_num_key_heads
+        y = layers.gated_delta_net(h, w, own, heads, c.rms_norm_eps)
+        return x + y, own.conv, own.s
 
-        MLX computes the shared expert while Python routes and reads. Routing is the
-        reference's own function, so that both engines order experts alike.
+    def moe(self, layer: int, x: mx.array) -> mx.array:
+        """Add routed experts and the shared one. Shapes: x (T, D) -> (T, D).
+
+        MLX computes the shared expert while Python reads.
         """
-        w = self.layers[layer]
-        router_logits = linear(h.astype(mx.float32), w["gate"])
+        h, experts, weights, picks, shared = self.part("route_step", layer, x)
+        recorder, k = self.store.recorder, self.config.num_experts_per_tok
+        is_known = self.store.is_resident and self.cut is None  # slot e holds expert e
+        if is_known and recorder is recording.SILENT and len(x) == 1:
+            self.store.counters.hits += k
+            return self.part("experts_step", layer, x, h, shared, experts, weights)
         ahead = self.scores_ahead(layer, h) if self.looks_ahead(layer, h) else None
-        mx.async_eval(router_logits, ahead)
-        shared = layers.shared_expert(h, w)
-        mx.async_eval(shared)  # queued behind the logits, which do not wait for it
-        recorder = self.store.recorder
+        mx.async_eval(picks, ahead)
+        mx.async_eval(shared)  # queued behind the picks, which do not wait for it
         recorder.lap(recording.MIX)
-        self.wait(router_logits, ahead)
+        self.wait(picks, ahead)
         recorder.lap(recording.SYNC)
-        experts, weights = self.route(layer, np.array(router_logits, copy=False))
-        recorder.routed(experts, weights)
-        if len(h) > 1:
-            return self.experts_of_prompt(layer, h, experts, weights) + shared
-        picks, shares = drop_none(experts[0], weights[0])
-        ticket = self.store.request(layer, picks)
+        chosen, shares = self.route(layer, np.array(picks, copy=False))
+        recorder.routed(chosen, shares)
+        if len(x) > 1:
+            return x + (self.experts_of_prompt(layer, h, chosen, shares) + shared)
+        wanted, shares = drop_none(chosen[0], shares[0])
+        ticket = self.store.request(layer, wanted)
         if self.store.predictor is not None:
             scores = None if ahead is None else np.array(ahead, copy=False)[0]
-            self.store.prefetch(layer, picks, scores)
-        return self.experts_of_token(layer, h, ticket.wait(), shares) + shared
+            self.store.prefetch(layer, wanted, scores)
+        if self.cut is not None:
+            weights = mx.array(shares[None])
+        slots = mx.array(ticket.wait(), mx.uint32)
+        return self.part("experts_step", layer, x, h, shared, slots, weights)
 
-    def route(
-        self, layer: int, router_logits: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Each token's experts and their weights. Shapes: (T, E) -> both (T, K)."""
-        cut, k = self.cut, self.config.num_experts_per_tok
-        if cut is None:
-            return reference.route_topk(router_logits, k)
-        picked = reference.route_topk(router_logits, cut.trained_k)
-        return cut.apply(layer, *picked, self.store.counters)
+    def route_step(self, layer: int, x: mx.array) -> tuple[mx.array, ...]:
+        """Norm, router and shared expert of some tokens.
+
+        Shapes: x (T, D) -> h (T, D), experts (T, K), weights (T, K), picks (T, 2K): the
+        two side by side in float32, for Python; shared (T, D). K is the trained one
+        where a cut drops some of them.
+        """
+        c, w = self.config, self.layers[layer]
+        h = layers.rms_norm(x, w["post_attention_layernorm"], c.rms_norm_eps)
+        k = c.num_experts_per_tok if self.cut is None else self.cut.trained_k
+        router_logits = linear(h.astype(mx.float32), w["gate"])
+        experts, weights = layers.route_topk(router_logits, k)
+        picks = mx.concatenate([experts.astype(mx.float32), weights], axis=-1)
+        return h, experts, weights, picks, layers.shared_expert(h, w)
+
+    def route(self, layer: int, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each token's experts and weights. Shapes: picks (T, 2K) -> both (T, K)."""
+        experts, weights = np.split(picks, 2, axis=1)
+        experts = experts.astype(int)
+        if self.cut is None:
+            return experts, weights
+        return self.cut.apply(layer, experts, weights, self.store.counters)
 
     def looks_ahead(self, layer: int, h: mx.array) -> bool:
         """Whether the store wants the next router's scores, which one token has."""
@@ -292,18 +317,27 @@ class MlxModel:
         ratio = mx.where(now == 0, 0, after / now)
         return linear(h.astype(mx.float32) * ratio, self.layers[layer + 1]["gate"])
 
-    def experts_of_token(
-        self, layer: int, h: mx.array, slots: list[int], weights: np.ndarray
+    def experts_step(
+        self,
+        layer: int,
+        x: mx.array,
+        h: mx.array,
+        shared: mx.array,
+        slots: mx.array,
+        weights: mx.array,
     ) -> mx.array:
-        """Weighted sum of K experts, best first. Shapes: h (1, D) -> (1, D)."""
-        experts, index = self.experts[layer], mx.array(slots, mx.uint32)
+        """Add the weighted sum of a token's experts, best first, and the shared one.
+
+        Shapes: x, h and shared (1, D), slots K of them, weights (1, K) -> (1, D).
+        """
+        experts, index = self.experts[layer], slots.reshape(-1)
         n_slots = self.store.bank(layer).n_slots
-        if self.widened_bytes[layer] > COPY_BYTES and n_slots > len(slots):
+        if self.widened_bytes[layer] > COPY_BYTES and n_slots > index.size:
             # MLX would widen the whole bank; a copy of the slots in use is cheaper.
             experts = {name: matrix[index] for name, matrix in experts.items()}
-            index = mx.arange(len(slots), dtype=mx.uint32)
+            index = mx.arange(index.size, dtype=mx.uint32)
         y = layers.expert_mlp(h[None], experts, index)  # (K, D)
-        return (mx.array(weights[None]) @ y.astype(mx.float32)).astype(h.dtype)
+        return x + ((weights @ y.astype(mx.float32)).astype(h.dtype) + shared)
 
     def experts_of_prompt(
         self, layer: int, h: mx.array, experts: np.ndarray, weights: np.ndarray
@@ -358,6 +392,15 @@ class MlxModel:
         """Scores of the next token, float32. Shapes: x (T, D) -> (T, V)."""
         h = layers.rms_norm(x, self.norm, self.config.rms_norm_eps)
         return linear(h, self.lm_head).astype(mx.float32)
+
+    def part(self, name: str, layer: int, *arrays: mx.array) -> mx.array | tuple:
+        """Run a function of a layer's arrays: for one token as MLX traced it."""
+        if len(arrays[0]) > 1:
+            return getattr(self, name)(layer, *arrays)
+        if (name, layer) not in self.traced:
+            function = partial(getattr(self, name), layer)
+            self.traced[name, layer] = mx.compile(function)
+        return self.traced[name, layer](*arrays)
 
     def wait(self, *arrays: mx.array | list) -> None:
         """Let Python stand still until MLX has computed arrays."""

@@ -69,6 +69,7 @@ class ExpertStore:
         self.predictor = caching.predictor
         self.inline_bytes = INLINE_BYTES
         self.counters = Counters()
+        self.is_resident = False  # whether expert e stays in slot e of its layer
         self.recorder = SILENT  # see trace.record
         self._banks = self._make_banks(make_bank, kinds)
         self._caches = caching.make_caches(*shape, kinds)  # by layer, perhaps the same
@@ -357,6 +358,8 @@ class ExpertStore:
             for first in range(0, n_experts, self.capacity):
                 last = min(first + self.capacity, n_experts)
                 self.request(layer, range(first, last)).wait()
+        by_number = {expert: expert for expert in range(n_experts)}
+        self.is_resident = all(cache.slots == by_number for cache in self._caches)
         self.counters = Counters()
 
     def _end_reads(self) -> None:
