@@ -44,8 +44,8 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
+from . import gpu_kernels, recording
 from . import mlx_layers as layers
-from . import recording
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import ConfigError
@@ -56,6 +56,7 @@ from .routing_cut import NONE, RoutingCut, drop_none
 from .streaming import ExpertStore, SlotBank
 
 BLOCK_BYTES = 1 << 26  # rows and widened weights of a prompt's experts at a time
+LAYERS_AHEAD = 4  # that Python builds before it lets MLX begin, where nothing waits
 COPY_BYTES = 1 << 22  # converting less than this is cheaper than to sort out the slots
 
 # name of a stack -> the matrices that the same input is multiplied by
@@ -223,7 +224,8 @@ class MlxModel:
     def layer(self, layer: int, x: mx.array, state: State) -> mx.array:
         """One block: mix over time, then over experts. Shapes: x (T, D) -> (T, D)."""
         x = self.moe(layer, self.mix(layer, x, state))
-        mx.async_eval(x)  # MLX computes it while Python builds the next layer's graph
+        if layer % LAYERS_AHEAD == 0:
+            mx.async_eval(x)  # MLX computes while Python builds the next layers' graph
         return x
 
     def mix(self, layer: int, x: mx.array, state: State) -> mx.array:
@@ -250,19 +252,19 @@ class MlxModel:
 
         MLX computes the shared expert while Python reads.
         """
-        h, experts, weights, picks, shared = self.part("route_step", layer, x)
+        h, experts, weights, shared = self.part("route_step", layer, x)
         recorder, k = self.store.recorder, self.config.num_experts_per_tok
         is_known = self.store.is_resident and self.cut is None  # slot e holds expert e
         if is_known and recorder is recording.SILENT and len(x) == 1:
             self.store.counters.hits += k
             return self.part("experts_step", layer, x, h, shared, experts, weights)
         ahead = self.scores_ahead(layer, h) if self.looks_ahead(layer, h) else None
-        mx.async_eval(picks, ahead)
+        mx.async_eval(experts, weights, ahead)
         mx.async_eval(shared)  # queued behind the picks, which do not wait for it
         recorder.lap(recording.MIX)
-        self.wait(picks, ahead)
+        self.wait(experts, weights, ahead)
         recorder.lap(recording.SYNC)
-        chosen, shares = self.route(layer, np.array(picks, copy=False))
+        chosen, shares = self.route(layer, experts, weights)
         recorder.routed(chosen, shares)
         if len(x) > 1:
             return x + (self.experts_of_prompt(layer, h, chosen, shares) + shared)
@@ -279,25 +281,25 @@ class MlxModel:
     def route_step(self, layer: int, x: mx.array) -> tuple[mx.array, ...]:
         """Norm, router and shared expert of some tokens.
 
-        Shapes: x (T, D) -> h (T, D), experts (T, K), weights (T, K), picks (T, 2K): the
-        two side by side in float32, for Python; shared (T, D). K is the trained one
-        where a cut drops some of them.
+        Shapes: x (T, D) -> h (T, D), experts and weights (T, K), shared (T, D). K is
+        the trained one where a cut drops some of them.
         """
         c, w = self.config, self.layers[layer]
         h = layers.rms_norm(x, w["post_attention_layernorm"], c.rms_norm_eps)
         k = c.num_experts_per_tok if self.cut is None else self.cut.trained_k
         router_logits = linear(h.astype(mx.float32), w["gate"])
         experts, weights = layers.route_topk(router_logits, k)
-        picks = mx.concatenate([experts.astype(mx.float32), weights], axis=-1)
-        return h, experts, weights, picks, layers.shared_expert(h, w)
+        return h, experts, weights, layers.shared_expert(h, w)
 
-    def route(self, layer: int, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each token's experts and weights. Shapes: picks (T, 2K) -> both (T, K)."""
-        experts, weights = np.split(picks, 2, axis=1)
-        experts = experts.astype(int)
+    def route(
+        self, layer: int, experts: mx.array, weights: mx.array
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """For Python: each token's experts and their weights. Shapes: all (T, K)."""
+        chosen = np.array(experts, copy=False).astype(int)
+        shares = np.array(weights, copy=False)
         if self.cut is None:
-            return experts, weights
-        return self.cut.apply(layer, experts, weights, self.store.counters)
+            return chosen, shares
+        return self.cut.apply(layer, chosen, shares, self.store.counters)
 
     def looks_ahead(self, layer: int, h: mx.array) -> bool:
         """Whether the store wants the next router's scores, which one token has."""
@@ -331,6 +333,9 @@ class MlxModel:
         Shapes: x, h and shared (1, D), slots K of them, weights (1, K) -> (1, D).
         """
         experts, index = self.experts[layer], slots.reshape(-1)
+        if gpu_kernels.are_faster(experts):
+            routed = gpu_kernels.expert_sum(h, experts, index, weights)
+            return x + (routed.astype(h.dtype) + shared)
         n_slots = self.store.bank(layer).n_slots
         if self.widened_bytes[layer] > COPY_BYTES and n_slots > index.size:
             # MLX would widen the whole bank; a copy of the slots in use is cheaper.
