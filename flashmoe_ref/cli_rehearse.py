@@ -186,7 +186,8 @@ def _measure(args, config, k, n_layers, dense_bits, folder, picks):
     total = args.tokens + args.warm_tokens
     with ExitStack() as stack:
         model = stack.enter_context(load(folder, experts="packed", **options))
-        rates = measure_rates(model, n_layers, args.threads, not args.page_cache)
+        mode = "cold" if args.page_cache else "direct"
+        rates = measure_rates(model, n_layers, args.threads, mode)
         bar = tqdm(total=total, desc="decode", disable=hidden, leave=False)
         step = stack.enter_context(bar).update
         return rehearse(

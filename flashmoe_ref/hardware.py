@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,7 +87,9 @@ def memory_read_rates(n_bytes: int = MEMORY_BYTES) -> dict[str, float]:
     return rates
 
 
-def matvec_rates(n_bytes: int = MEMORY_BYTES) -> tuple[dict[str, float], list[str]]:
+def matvec_rates(
+    n_bytes: int = MEMORY_BYTES, engines: Sequence[str] = ("numpy", "mlx")
+) -> tuple[dict[str, float], list[str]]:
     """GB/s of packed 4-bit weights that go through matrix x vector, by engine.
 
     Returns: rates, and a sentence for every engine that is not there.
@@ -100,7 +102,8 @@ def matvec_rates(n_bytes: int = MEMORY_BYTES) -> tuple[dict[str, float], list[st
     matrices = [first, *(_copy(first) for _ in range(n_matrices - 1))]
     x = rng.standard_normal(SIDE).astype(np.float32)
     rates, notes = {}, []
-    for measure, package in ((_numba_rates, "numba"), (_mlx_rates, "mlx")):
+    measures = {"numpy": (_numba_rates, "numba"), "mlx": (_mlx_rates, "mlx")}
+    for measure, package in (measures[engine] for engine in engines):
         try:
             rates |= measure(matrices, x)
         except ImportError:

@@ -38,6 +38,7 @@ may make the next call, but only one at a time. The store's threads only read by
 
 import math
 import mmap
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -403,7 +404,8 @@ class MlxModel:
         if len(arrays[0]) > 1:
             return getattr(self, name)(layer, *arrays)
         if (name, layer) not in self.traced:
-            function = partial(getattr(self, name), layer)
+            # by a proxy: in a circle of references, memory would outlive the model
+            function = partial(getattr(MlxModel, name), weakref.proxy(self), layer)
             self.traced[name, layer] = mx.compile(function)
         return self.traced[name, layer](*arrays)
 

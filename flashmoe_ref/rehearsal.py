@@ -39,21 +39,20 @@ def measure_rates(
     model: Model,
     n_files: int,
     threads: int = 4,
-    past_page_cache: bool = True,
+    mode: str = "direct",
     matvec_bytes: int = MEMORY_BYTES,
 ) -> Rates:
     """Measure this machine with the model's own engine, and records of its experts.
 
     n_files: of the first layers; a folded checkpoint's others are links to them.
+    mode: how the probe reads: "direct", past the page cache; "cold" or "warm" with it.
     matvec_bytes: weights to multiply; fewer than a processor's cache holds look fast.
     Raises: ConfigError if the files have not a record for each thread.
     """
     engine = model.mode["engine"]
-    rates = matvec_rates(matvec_bytes)[0]
-    products = [rate for name, rate in rates.items() if name.startswith(engine)]
+    products = matvec_rates(matvec_bytes, [engine.split(",")[0]])[0].values()
     size = model.store.files.formats[0].n_bytes
     size -= size % 4096
-    mode = "direct" if past_page_cache else "cold"
     with spans_of_files(model.store.files.files[:n_files], READ_PROBE_BYTES) as spans:
         found = measure(spans, mode, size, threads, READ_PROBE_S)
     if found is None:

@@ -168,6 +168,7 @@ class ExpertStore:
             self._give_up(self._last, self._last._keys)
         if self._changing is not None:  # it came while a cache was being changed
             self._end_reads()
+            self.is_resident = False
             self._caches[self._changing].clear()
             self._ahead[self._changing].clear()
         self._changing = layer
