@@ -11,14 +11,16 @@ Source: CUDA runtime API, `cudaHostAlloc`, `cudaMemcpyAsync`.
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from math import gcd
 
 import mlx.core as mx
 import numpy as np
 
+from .arrivals import FindBad, Floats
 from .errors import ConfigError, ReadError
-from .experts import ExpertFormat
-from .mlx_model import DTYPES
+from .experts import ExpertFormat, Part
+from .mlx_slots import DTYPES
 from .slots import SlotBank
 
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
@@ -30,6 +32,8 @@ PAGE_BYTES = 4096  # what reads past the page cache may want offsets to divide b
 class CudaSlotBank(SlotBank):
     """Memory for n_slots experts of one format on the GPU."""
 
+    n_at_once = 1  # a record goes to its slot before this thread reads another
+
     def __init__(self, fmt: ExpertFormat, n_slots: int) -> None:
         self.format, self.n_slots = fmt, n_slots
         self.arrays = {
@@ -40,6 +44,10 @@ class CudaSlotBank(SlotBank):
         self.addresses = [device_address(array) for array in self.arrays.values()]
         self.views = Staging(fmt)
         self.granules = self.views.granules
+
+    def find_bad(self, find: FindBad, slots: Sequence[int]) -> tuple[int, int] | None:
+        """NaN or infinity in the record that this thread has just read."""
+        return find(self.views.own().floats, [0])
 
     def arrived(self, slot: int) -> None:
         """Copy what this thread has read to its slot, and wait until it is there.
@@ -58,18 +66,18 @@ class Staging:
     """Pinned memory for one record a thread; any slot's views are the thread's own."""
 
     def __init__(self, fmt: ExpertFormat) -> None:
-        self._sizes = [part.n_bytes for part in fmt.parts]
-        starts = np.cumsum([0, *self._sizes[:-1]])
+        self._parts, sizes = fmt.parts, [part.n_bytes for part in fmt.parts]
+        starts = np.cumsum([0, *sizes[:-1]])
         self.granules = [
             gcd(PAGE_BYTES, int(start), size)
-            for start, size in zip(starts, self._sizes, strict=True)
+            for start, size in zip(starts, sizes, strict=True)
         ]
         self._threads = threading.local()
 
     def own(self) -> "Pinned":
         """This thread's memory, made when first asked for."""
         if not hasattr(self._threads, "pinned"):
-            self._threads.pinned = Pinned(self._sizes)
+            self._threads.pinned = Pinned(self._parts)
         return self._threads.pinned
 
     def __getitem__(self, slot: int) -> list[memoryview]:
@@ -80,7 +88,8 @@ class Staging:
 class Pinned:
     """One record's pinned memory and a stream to copy it with."""
 
-    def __init__(self, sizes: list[int]) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
+        sizes = [part.n_bytes for part in parts]
         self._cuda, n_bytes = runtime(), sum(sizes)
         self._memory, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
         _check(
@@ -102,6 +111,8 @@ class Pinned:
             self.views.append(whole[at : at + size])
             self.addresses.append(start + at)
             at += size
+        memory = [np.frombuffer(view, np.uint8)[None] for view in self.views]
+        self.floats = Floats(parts, memory)  # of one slot
 
     def copy(self, target: int, source: int, n_bytes: int) -> None:
         """Start to copy pinned bytes to an address on the GPU."""

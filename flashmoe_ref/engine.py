@@ -185,7 +185,7 @@ def _bank_maker(engine: str) -> MakeBank:
     if engine != "mlx":
         return SlotBank
     from .cuda_slots import CudaSlotBank, is_needed
-    from .mlx_model import allocate
+    from .mlx_slots import allocate
 
     return CudaSlotBank if is_needed() else partial(SlotBank, allocate=allocate)
 

@@ -36,8 +36,6 @@ is not evaluated. Every array of a state is evaluated when forward() returns: an
 may make the next call, but only one at a time. The store's threads only read bytes.
 """
 
-import math
-import mmap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -49,12 +47,12 @@ from . import gpu_kernels, recording
 from . import mlx_layers as layers
 from .checkpoint import Checkpoint
 from .config import ModelConfig
-from .errors import ConfigError
 from .mlx_layers import AttentionState, DeltaState
-from .mlx_weights import Matrix, linear, to_matrix, to_stack, widen
-from .numpy_model import NORMS, PROJECTIONS, VECTORS, State, check_ids
+from .mlx_slots import bank_matrices, widened_bytes
+from .mlx_weights import linear, to_matrix, to_stack, widen
+from .numpy_model import NORMS, VECTORS, State, check_ids
 from .routing_cut import NONE, RoutingCut, drop_none
-from .streaming import ExpertStore, SlotBank
+from .streaming import ExpertStore
 
 BLOCK_BYTES = 1 << 26  # rows and widened weights of a prompt's experts at a time
 LAYERS_AHEAD = 4  # that Python builds before it lets MLX begin, where nothing waits
@@ -81,49 +79,6 @@ MATRICES = {
     "full_attention": {"o_proj": "self_attn.o_proj"},
     "mlp": {"gate": "mlp.gate", "shared_down_proj": "mlp.shared_expert.down_proj"},
 }
-DTYPES = {
-    "uint32": mx.uint32,
-    "float32": mx.float32,
-    "float16": mx.float16,
-    "bfloat16": mx.bfloat16,
-}
-
-
-def allocate(shape: tuple[int, ...], dtype: np.dtype) -> tuple[mx.array, np.ndarray]:
-    """MLX memory for slots, and the same memory as bytes to read into.
-
-    It starts at a page: on the CPU MLX's own arrays start 24 bytes after one, and the
-    system then copies out of its page cache five times slower (see notebooks/06).
-    Shapes: -> array (slots, ...) zeroed, bytes (slots, n) uint8, writable.
-    Raises: ConfigError where this MLX gives no access to its memory.
-    """
-    n_items, per_page = math.prod(shape), mmap.PAGESIZE // dtype.itemsize
-    spare = mx.zeros(n_items + per_page, DTYPES[np.dtype(dtype).name])
-    past_page = _bytes_of(spare).ctypes.data % mmap.PAGESIZE
-    skip = -past_page % mmap.PAGESIZE // dtype.itemsize
-    array = spare[skip : skip + n_items].reshape(shape)  # a view
-    view = _bytes_of(array).reshape(shape[0], -1)
-    _check_shared(array, view)
-    return array, view
-
-
-def _bytes_of(array: mx.array) -> np.ndarray:
-    """The memory of an array. Shapes: -> (n,) uint8."""
-    as_bytes = array.reshape(-1).view(mx.uint8)
-    mx.eval(array, as_bytes)
-    return np.array(as_bytes, copy=False)
-
-
-def _check_shared(array: mx.array, view: np.ndarray) -> None:
-    """Write a byte through the view and look for it in the array."""
-    view[-1, -1] = 1
-    seen = array[-1:].reshape(-1)[-1:].view(mx.uint8)[-1].item()
-    view[-1, -1] = 0
-    if seen != 1:
-        raise ConfigError(
-            f"MLX {mx.__version__} on {mx.default_device()} gives no access to its "
-            f"memory, so experts cannot be read into it; use engine='numpy'"
-        )
 
 
 def load_layer(checkpoint: Checkpoint, layer: int) -> dict:
@@ -413,25 +368,6 @@ class MlxModel:
         """Let Python stand still until MLX has computed arrays."""
         self.n_syncs += 1
         mx.eval(*arrays)
-
-
-def bank_matrices(bank: SlotBank) -> dict[str, Matrix]:
-    """A bank's projections (slots, out, in), in the memory that the store fills."""
-    matrices = {}
-    for name in PROJECTIONS:
-        kinds = ("weight", "scales", "biases")
-        arrays = [bank.arrays.get(f"{name}.{kind}") for kind in kinds]
-        matrices[name] = Matrix(*arrays, *bank.format.quantization.get(name, ()))
-    return matrices
-
-
-def widened_bytes(experts: dict[str, Matrix], dtype: mx.Dtype) -> int:
-    """Bytes of the float arrays that MLX first converts to the dtype of activations.
-
-    None on a GPU with a bfloat16 checkpoint; on the CPU weights or scales in 16 bits.
-    """
-    floats = [a for m in experts.values() for a in m.arrays if a.dtype != mx.uint32]
-    return sum(a.size * dtype.size for a in floats if a.dtype != dtype)
 
 
 def blocks(slots: np.ndarray, row_bytes: int, slot_bytes: int) -> Iterator[slice]:

@@ -6,6 +6,7 @@ engine in test_golden.py, test_peer_mlx_lm.py and test_streaming.py.
 
 import mmap
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,9 +21,10 @@ from flashmoe_ref import layers, numpy_model, quantize
 from flashmoe_ref.checkpoint import Checkpoint
 from flashmoe_ref.engine import Model, load
 from flashmoe_ref.errors import ConfigError
+from flashmoe_ref.trace import record
 
 mx = pytest.importorskip("mlx.core")
-from flashmoe_ref import mlx_layers, mlx_model, mlx_weights  # noqa: E402
+from flashmoe_ref import mlx_layers, mlx_model, mlx_slots, mlx_weights  # noqa: E402
 
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, 96, 50).tolist()
@@ -169,13 +171,40 @@ def test_a_stack_gives_the_same_bits_and_merges_what_is_stored_alike() -> None:
             assert_same(got, np.array(wanted), 0)
 
 
+def test_route_topk() -> None:
+    logits = normal(5, 24)
+    experts, weights = mlx_layers.route_topk(mx.array(logits), 6)
+    wanted = layers.route_topk(logits, 6)
+    np.testing.assert_array_equal(np.array(experts), wanted[0])
+    assert_same(weights, wanted[1])
+
+
+def test_equal_scores_go_to_the_lower_expert() -> None:
+    experts, _ = mlx_layers.route_topk(mx.array([[0.0, 2.0, 0.0, 2.0, 0.0]]), 4)
+    assert experts.tolist() == [[1, 3, 0, 2]]
+
+
+def test_short_rows_are_decoded_first_on_cuda(monkeypatch) -> None:
+    """MLX 0.32.4 multiplies them wrongly there, where there are several."""
+    x, w = normal(3, 64), normal(24, 64)
+    stored = quantize.quantize(w, 8, 64)
+    matrix = mlx_weights.to_matrix(stored)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "quantized_matmul", lambda *_, **__: 1 / 0)
+    got = mlx_weights.linear(mx.array(x), matrix)
+    assert_same(got, x @ quantize.dequantize(stored).T, 1e-5)
+    with pytest.raises(ZeroDivisionError):  # long rows, and a single one, are right
+        mlx_weights.linear(mx.array(x[:1]), matrix)
+
+
 # --- memory that threads read into ----------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.float32, np.float16, "bfloat16"])
 def test_allocated_memory_is_shared(dtype: object) -> None:
     dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    array, view = mlx_model.allocate((5, 3, 8), dtype)
+    array, view = mlx_slots.allocate((5, 3, 8), dtype)
     assert view.shape == (5, 24 * dtype.itemsize)
     assert not view.any()
     assert view.ctypes.data % mmap.PAGESIZE == 0  # copies out of the cache are fast
@@ -186,9 +215,9 @@ def test_allocated_memory_is_shared(dtype: object) -> None:
 
 
 def test_memory_that_is_not_shared_is_an_error(monkeypatch) -> None:
-    monkeypatch.setattr(mlx_model.np, "array", lambda a, copy: np.asarray(a).copy())
+    monkeypatch.setattr(mlx_slots.np, "array", lambda a, copy: np.asarray(a).copy())
     with pytest.raises(ConfigError, match="use engine='numpy'"):
-        mlx_model.allocate((2, 8), np.dtype(np.float32))
+        mlx_slots.allocate((2, 8), np.dtype(np.float32))
 
 
 # --- side by side ---------------------------------------------------------------------
@@ -272,6 +301,47 @@ def test_one_wait_a_layer_and_one_for_the_logits(tiny: Path) -> None:
         for token in IDS[5:15]:
             model.decode(token, state)
         assert model.engine.n_syncs == 10 * (N_LAYERS + 1)
+
+
+def test_resident_experts_need_one_wait_a_token(tiny: Path) -> None:
+    with open_mlx(tiny, experts="resident") as model:
+        state = model.new_state()
+        model.prefill(IDS[:5], state)
+        model.engine.n_syncs = 0
+        model.reset_report()
+        for token in IDS[5:15]:
+            model.decode(token, state)
+        assert model.engine.n_syncs == 10
+        assert model.store.counters.hits == 10 * N_LAYERS * K
+        assert model.store.counters.misses == 0
+
+
+def test_resident_experts_give_the_same_bits_with_and_without_waits(tiny: Path) -> None:
+    with open_mlx(tiny, experts="resident") as model:
+        quick = in_steps(model, IDS, [1] * len(IDS))
+        with record(model, times=False) as trace:  # Python needs the picks: it waits
+            waiting = in_steps(model, IDS, [1] * len(IDS))
+    np.testing.assert_array_equal(quick, waiting)
+    assert trace.picks.shape == (len(IDS), N_LAYERS, K)
+
+
+def test_resident_experts_after_an_interrupt(tiny: Path) -> None:
+    """A cache that was cleared gives slots anew, so an expert may be in another."""
+    with open_mlx(tiny, experts="resident") as model:
+        wanted = in_steps(model, IDS, [1] * len(IDS))
+        store = model.store
+        store._changing = 1  # as an interrupt inside a request leaves it
+        store.request(1, [5, 2, 7][:K]).wait()
+        assert not store.is_resident
+        np.testing.assert_array_equal(in_steps(model, IDS, [1] * len(IDS)), wanted)
+
+
+def test_a_model_frees_its_memory_at_once(tiny: Path) -> None:
+    with open_mlx(tiny) as model:
+        model.decode(IDS[0], model.new_state())
+        engine = weakref.ref(model.engine)
+    del model
+    assert engine() is None  # without the help of gc.collect()
 
 
 def test_a_prompt_waits_between_waves_only(tiny: Path) -> None:
