@@ -7,7 +7,6 @@ one message.
 *Taught in notebooks/13.*
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from .errors import ConfigError
 from .generation import ChatSession
+from .small_files import parse_json, read_text
 from .tool_chat import Event, ToolChat
 from .toolcalls import ToolCall, ToolCallParser, readable_call
 from .tools import Tool
@@ -28,12 +28,10 @@ def read_tools(path: Path) -> list[dict]:
 
     Raises: ConfigError naming the file and what is wrong with it.
     """
-    try:
-        tools = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    text = read_text(path, ConfigError)
+    if text is None:
+        raise ConfigError(f"{path}: no such file")
+    tools = parse_json(text, path, ConfigError)
     if not isinstance(tools, list) or not tools:
         raise ConfigError(f"{path}: must hold a JSON list of tool schemas")
     for number, tool in enumerate(tools, 1):

@@ -6,11 +6,11 @@ tower and the multi-token-prediction head are left out. `accounting.py` counts.
 *Taught in notebooks/04.*
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import ConfigError
+from .small_files import parse_json, read_text
 
 SUPPORTED_MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 LAYER_TYPES = ("linear_attention", "full_attention")
@@ -139,18 +139,10 @@ _SIZES = (
 
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises: ConfigError naming the file and the line."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; is this the folder of a model?"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(
-            f"{path}: not valid JSON ({error}); fetch the file again"
-        ) from None
+    text = read_text(path, ConfigError)
+    if text is None:
+        raise ConfigError(f"{path}: no such file; is this the folder of a model?")
+    raw = parse_json(text, path, ConfigError)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold a JSON object, not {type(raw).__name__}")
     return raw

@@ -5,8 +5,21 @@ The command line prints it after ``flashmoe:`` and exits with 2, without a trace
 """
 
 
+SHOWN_START, SHOWN_END = 500, 200  # characters of a message that is too long
+
+
 class FlashMoeError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base of all errors raised on purpose by this package.
+
+    Its text stays one line that can be read, whatever value of a file it quotes.
+    """
+
+    def __str__(self) -> str:
+        """One line; of a very long one the start and the end."""
+        text = " ".join(super().__str__().split())
+        if len(text) <= SHOWN_START + SHOWN_END:
+            return text
+        return f"{text[:SHOWN_START]} ... {text[-SHOWN_END:]}"
 
 
 class ConfigError(FlashMoeError, ValueError):

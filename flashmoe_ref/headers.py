@@ -19,9 +19,11 @@ import ml_dtypes
 import numpy as np
 
 from .errors import CheckpointError, FlashMoeError
+from .small_files import GIT_LFS_MAGIC, size_of_file
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-GIT_LFS_MAGIC = b"version https://git-lfs"
+MAX_AXES = 64  # NumPy's own limit
+MAX_VALUES = 2**60  # of a tensor: beyond it, sizes in bits do not fit into 64 bits
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -97,7 +99,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 
 def _read_json(path: Path) -> tuple[dict, int, int]:
     try:
-        size = os.stat(path).st_size
+        size = size_of_file(path, CheckpointError)
         with open(path, "rb") as file:
             head = file.read(len(GIT_LFS_MAGIC))
             _check_start(path, head, size)
@@ -144,7 +146,9 @@ def _parse_json(path: Path, text: bytes) -> dict:
     try:
         if not text.startswith(b"{"):
             raise ValueError("it does not start with '{'")
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        header = json.loads(
+            text.decode("utf-8"), object_pairs_hook=unique, parse_int=_size
+        )
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -158,7 +162,19 @@ def _parse_json(path: Path, text: bytes) -> dict:
         raise CheckpointError(
             f"{path}: __metadata__ must map names to strings; the file is damaged"
         )
+    try:
+        "".join([*header, *metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError:  # half of a character, which JSON can write
+        raise CheckpointError(
+            f"{path}: a name in its header is not Unicode text; fetch the file again"
+        ) from None
     return header
+
+
+def _size(text: str) -> int:
+    if text.startswith("-"):  # also -0, which is none for the library
+        raise ValueError(f"{text[:20]} is not a size")
+    return int(text)
 
 
 def _tensor_info(path: Path, name: str, entry: object, start: int) -> TensorInfo:
@@ -174,7 +190,12 @@ def _tensor_info(path: Path, name: str, entry: object, start: int) -> TensorInfo
             f"supported; supported: {', '.join(DTYPES)}"
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_AXES
+        or not all(_is_size(n) for n in shape)
+        or math.prod(max(n, 1) for n in shape) > MAX_VALUES
+    ):
         raise bad(f"has the impossible shape {shape!r}")
     if (
         not isinstance(offsets, list)

@@ -5,14 +5,12 @@ Follows Hugging Face's file formats; stop ids are a union, as no single file has
 *Taught in notebooks/04.*
 """
 
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import TokenizerError
-
-LFS_POINTER = b"version https://git-lfs"  # the first bytes of an undownloaded file
+from .small_files import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -58,44 +56,19 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     )
 
 
-def _read_text(path: Path) -> str | None:
-    """The text of a file, None if it does not exist."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise TokenizerError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its rights"
-        ) from error
-    if data.startswith(LFS_POINTER):
-        raise TokenizerError(
-            f"{path}: a Git-LFS pointer, not the file itself; run `git lfs pull` there"
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path}: not UTF-8 text; download it again") from error
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, {} if there is no such file."""
-    text = _read_text(path)
-    try:
-        value = {} if text is None else json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(
-            f"{path}: not valid JSON ({error}); download it again"
-        ) from error
+    text = read_text(path, TokenizerError)
+    value = {} if text is None else parse_json(text, path, TokenizerError)
     if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: holds no JSON object; download it again")
+        raise TokenizerError(f"{path}: holds no JSON object; fetch the file again")
     return value
 
 
 def _load_backend(path: Path) -> Any:
     import tokenizers
 
-    text = _read_text(path)
+    text = read_text(path, TokenizerError)
     if text is None:
         raise TokenizerError(
             f"{path}: no such file; copy tokenizer.json from the original model"
@@ -119,7 +92,7 @@ def _load_backend(path: Path) -> Any:
 
 def _read_template(folder: Path) -> str | None:
     """chat_template.jinja, or tokenizer_config.json's string or list of named ones."""
-    text = _read_text(folder / "chat_template.jinja")
+    text = read_text(folder / "chat_template.jinja", TokenizerError)
     if text is not None:
         return text
     path = folder / "tokenizer_config.json"

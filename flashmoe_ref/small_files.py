@@ -1,0 +1,86 @@
+"""The small files beside the weights: read whole, but never more than they may be.
+
+A path may lead to a folder, to a pipe that nobody writes to, or to a device without
+end; a text may be no UTF-8, and JSON may be nested beyond any stack, hold numbers of
+thousands of digits or a key twice. All of that ends in one line. **But:** what the
+values mean, the callers check. *Used from notebooks/04 on.*
+"""
+
+import json
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .errors import FlashMoeError
+
+MAX_BYTES = 200_000_000  # the largest known, an index or a tokenizer, have some 20 MB
+GIT_LFS_MAGIC = b"version https://git-lfs"  # how an undownloaded file begins
+
+Kind = type[FlashMoeError]  # of the errors that a caller wants
+
+
+def size_of_file(path: Path, kind: Kind) -> int:
+    """Bytes of a plain file. Raises: kind if it is none; OSError if there is none."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise kind(f"{path}: is {what}, not a file; give the file itself")
+    return found.st_size
+
+
+def read_text(path: Path, kind: Kind) -> str | None:
+    """The text of a small file, None if it does not exist.
+
+    Raises: kind naming the file, what is wrong and what to do.
+    """
+    try:
+        n_bytes = size_of_file(path, kind)
+        if n_bytes > MAX_BYTES:
+            raise kind(
+                f"{path}: has {n_bytes:,} bytes, too many for what it should be; fetch "
+                f"the file again"
+            )
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if isinstance(error, FlashMoeError):
+            raise
+        raise kind(
+            f"{path}: cannot be read ({error.strerror}); check the path and its rights"
+        ) from None
+    if data.startswith(GIT_LFS_MAGIC):
+        raise kind(
+            f"{path}: a Git-LFS pointer, not the file itself; run `git lfs pull` there"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise kind(
+            f"{path}: not UTF-8 text (byte {error.start:,}); fetch the file again"
+        ) from None
+
+
+def parse_json(text: str | bytes, where: object, kind: Kind) -> Any:
+    """The value of a JSON text in which no key stands twice in one object.
+
+    Raises: kind naming the place and what is wrong.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        # RecursionError: nested too deeply; ValueError: also a number too long for int
+        raise kind(
+            f"{where}: not valid JSON ({error}); fetch the file again"
+        ) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice!r} appears twice in one object")
+    return found
