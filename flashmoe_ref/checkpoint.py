@@ -23,6 +23,7 @@ from .quantize import QuantizedMatrix, infer_quantization
 
 INDEX_NAME = "model.safetensors.index.json"
 FLOATS = ("float32", "bfloat16", "float16")
+LONGEST_NAME = 255  # bytes, in all usual file systems
 
 # The five kinds of norm that Hugging Face stores as w - 1; linear_attn.norm is plain.
 ZERO_CENTRED = re.compile(r"(^norm|layernorm|q_norm|k_norm)$")
@@ -223,7 +224,7 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
     Raises: CheckpointError if there are none, or a shard of the index is missing.
     """
     index = path / INDEX_NAME
-    if not index.exists():
+    if not index.exists() and not index.is_symlink():
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise CheckpointError(
@@ -235,7 +236,7 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(f"{index}: has no weight_map; fetch the file again")
     shards: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or not _is_plain_name(file):
             raise CheckpointError(f"{index}: {name!r} is in no plain file: {file!r}")
         shards.setdefault(path / file, set()).add(name)
     absent = {shard for shard in shards if not shard.exists()}
@@ -250,6 +251,12 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
             f"{missing[0]}; fetch them"
         )
     return {shard: names for shard, names in shards.items() if shard not in absent}
+
+
+def _is_plain_name(file: str) -> bool:
+    """Whether a file of this name can lie in the model's own folder."""
+    is_short = len(file.encode("utf-8", "replace")) <= LONGEST_NAME
+    return Path(file).name == file != ".." and is_short and file.isprintable()
 
 
 def _collect(path: Path, shards: dict[Path, set[str] | None]) -> dict[str, TensorInfo]:

@@ -14,6 +14,9 @@ from .small_files import parse_json, read_text
 
 SUPPORTED_MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 LAYER_TYPES = ("linear_attention", "full_attention")
+MAX_LAYERS = 10_000  # the largest published model has 60
+MAX_EXPERTS = 32_768  # of a layer: traces count them in 16 bits; published: 512
+MAX_SIZE = 2**31 - 1  # of everything else
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,7 @@ class ModelConfig:
             model_type=model_type,
             rms_norm_eps=_number(text, "rms_norm_eps", where, default=1e-6),
             layer_types=_read_layer_types(text, fields["num_hidden_layers"], where),
-            tie_word_embeddings=bool(
-                raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-            ),
+            tie_word_embeddings=_read_tied(raw, text, where),
             eos_token_ids=_read_eos(raw, text, where),
             **fields,
         )
@@ -135,6 +136,7 @@ _SIZES = (
     "linear_conv_kernel_dim",
     "max_position_embeddings",
 )
+_LIMITS = {"num_hidden_layers": MAX_LAYERS, "num_experts": MAX_EXPERTS}
 
 
 def read_json(path: Path) -> dict:
@@ -156,8 +158,20 @@ def _read_sizes(text: dict, where: str) -> dict[str, int]:
             raise ConfigError(
                 f"{where}: {name} must be a positive integer, got {value!r}"
             )
+        limit = _LIMITS.get(name, MAX_SIZE)
+        if value > limit:
+            raise ConfigError(f"{where}: {name} is {value}, which is beyond {limit:,}")
         sizes[name] = value
     return sizes
+
+
+def _read_tied(raw: dict, text: dict, where: str) -> bool:
+    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    if tied is not None and not isinstance(tied, bool):
+        raise ConfigError(
+            f"{where}: tie_word_embeddings must be true or false, got {tied!r}"
+        )
+    return bool(tied)
 
 
 def _number(source: dict, name: str, where: str, default: float | None = None) -> float:

@@ -4,7 +4,6 @@ A message names the file or value, says what is wrong with it and what to do nex
 The command line prints it after ``flashmoe:`` and exits with 2, without a traceback.
 """
 
-
 SHOWN_START, SHOWN_END = 500, 200  # characters of a message that is too long
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import Checkpoint
-from .config import ModelConfig, read_json
+from .config import MAX_LAYERS, ModelConfig, read_json
 from .errors import CheckpointError
 from .headers import DTYPES, TensorInfo, told_in_one_line
 from .naming import PACKED_FOLDER
@@ -22,6 +22,7 @@ from .quantize import QuantizedMatrix, infer_quantization
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 KINDS = ("weight", "scales", "biases")
 LAYOUT_NAME = "layout.json"
+FLOATS = ("BF16", "F16", "F32")  # BF16 where a layout names no dtype
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,13 @@ def formats_of_layout(layout: dict, where: Path) -> tuple[list[dict], list[int]]
     Raises: CheckpointError if a layer has none.
     """
     n_layers = layout.get("num_layers")
-    if type(n_layers) is not int or n_layers < 1:
+    if type(n_layers) is not int or not 1 <= n_layers <= MAX_LAYERS:
         raise CheckpointError(f"{where}: num_layers is {n_layers!r}; pack again")
+    if layout.get("format", 1) not in (1, 2):
+        raise CheckpointError(
+            f"{where}: is of format {layout['format']!r}, this flashmoe reads 1 and 2; "
+            f"pack again"
+        )
     if "formats" not in layout:
         return [layout], [0] * n_layers
     kinds, layers = layout["formats"], layout.get("layers")
@@ -273,20 +279,43 @@ def _packed_format(layout: dict, config: ModelConfig, where: Path) -> ExpertForm
                 f"{where}: component {entry!r} does not start at byte {offset}"
             )
         name, size = entry.get("name"), entry.get("size")
-        if type(size) is not int or size < 1 or name in sizes:
+        is_new = isinstance(name, str) and name not in sizes
+        if type(size) is not int or size < 1 or not is_new:
             raise CheckpointError(f"{where}: component {name!r} has size {size!r}")
-        sizes[name], dtypes[name] = size, entry.get("dtype", "BF16")
+        sizes[name], dtypes[name] = size, entry.get("dtype")
         offset += size
     order = [f"{p}.{kind}" for p in PROJECTIONS for kind in KINDS]
     if list(sizes) not in (order, order[::3]):
         raise CheckpointError(
             f"{where}: components are {list(sizes)}, expected {order} in this order"
         )
-    return _format_from_sizes(sizes, dtypes, config, where)
+    fmt = _format_from_sizes(sizes, dtypes, config, where)
+    _check_described(layout, fmt, where)
+    return fmt
+
+
+def _check_described(layout: dict, fmt: ExpertFormat, where: Path) -> None:
+    """What our own keys say of shapes and widths must be what the sizes say."""
+    for entry, part in zip(layout["components"], fmt.parts, strict=True):
+        if entry.get("shape", [*part.shape]) != [*part.shape]:
+            raise CheckpointError(
+                f"{where}: component {part.name!r} has shape {entry['shape']!r}, its "
+                f"size gives {[*part.shape]}; pack again"
+            )
+    widths = [fmt.quantization[p] for p in PROJECTIONS if p in fmt.quantization]
+    for i, key in enumerate(("bits", "group_size")):
+        found = [width[i] for width in widths]
+        said = layout.get(key)
+        if said is not None and found != (
+            said if isinstance(said, list) else [said] * 3
+        ):
+            raise CheckpointError(
+                f"{where}: {key} is {said!r}, the sizes give {found}; pack again"
+            )
 
 
 def _format_from_sizes(
-    sizes: dict[str, int], dtypes: dict[str, str], config: ModelConfig, where: Path
+    sizes: dict[str, int], dtypes: dict[str, object], config: ModelConfig, where: Path
 ) -> ExpertFormat:
     d, f = config.hidden_size, config.moe_intermediate_size
     parts, quantization = [], {}
@@ -294,8 +323,9 @@ def _format_from_sizes(
         projection, kind = name.split(".")
         rows, columns = (d, f) if projection == "down_proj" else (f, d)
         quantized = f"{projection}.scales" in sizes
-        is_words = quantized and kind == "weight"
-        dtype = DTYPES.get("U32" if is_words else dtypes[name])
+        allowed = ("U32",) if quantized and kind == "weight" else FLOATS
+        said = allowed[0] if dtypes[name] is None else dtypes[name]
+        dtype = DTYPES[said] if said in allowed else None
         if dtype is None or size % (rows * dtype.itemsize):
             raise CheckpointError(
                 f"{where}: component {name!r} of {size} bytes, dtype {dtypes[name]!r}, "

@@ -73,9 +73,7 @@ def parse_json(text: str | bytes, where: object, kind: Kind) -> Any:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         # RecursionError: nested too deeply; ValueError: also a number too long for int
-        raise kind(
-            f"{where}: not valid JSON ({error}); fetch the file again"
-        ) from None
+        raise kind(f"{where}: not valid JSON ({error}); fetch the file again") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

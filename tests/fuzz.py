@@ -30,9 +30,9 @@ class Hung(BaseException):
     """Not an Exception, so that nothing takes it for an error of its own."""
 
 
-def inputs(kind: str, n: int) -> pytest.MarkDecorator:
-    """A test of n inputs of a kind: it gets `kind` and `n` as arguments."""
-    return pytest.mark.parametrize(("kind", "n"), [(kind, n)], ids=[kind])
+def inputs(kinds: dict[str, int]) -> pytest.MarkDecorator:
+    """A test of so many inputs of each kind: it gets `kind` and `n` as arguments."""
+    return pytest.mark.parametrize(("kind", "n"), [*kinds.items()], ids=[*kinds])
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def planned() -> dict[str, int]:
                 continue
             for mark in getattr(test, "pytestmark", ()):
                 if mark.args and mark.args[0] == ("kind", "n"):
-                    ((kind, n),) = mark.args[1]
-                    assert kind not in found, f"two tests try {kind}"
-                    found[kind] = n
+                    for kind, n in mark.args[1]:
+                        assert kind not in found, f"two tests try {kind}"
+                        found[kind] = n
     return found

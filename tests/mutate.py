@@ -25,7 +25,11 @@ EXTREMES = (
     *("[]", "{}", "[0]", "[null]", '{"a":1}', "[[]]", "[1,2,3]", '[""]'),
     *('"\\u0000"', '"\\ud800"', '"\\n"', '"../x"', '"/"', '".."', '"."'),
     *('"é\\u0301😀"', '"%s%d{0}"', '"' + "long " * 4000 + '"', '"\\u202e"'),
-    *("[" * 200 + "]" * 200, "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP),
+    *(
+        "[" * 200 + "]" * 200,
+        "[" * DEEP + "]" * DEEP,
+        '{"a":' * DEEP + "1" + "}" * DEEP,
+    ),
     *("01", "+1", ".5", "1.", "0x10", "1_0", "'x'", "nan", "None", "True", "/**/1"),
 )
 FIELDS = (  # of a table
@@ -84,7 +88,7 @@ def distinct(
 
 
 def change_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Flip, truncate, insert, repeat, overwrite, exchange; or another file altogether."""
+    """Flip, cut, insert, repeat, overwrite, move; or another file altogether."""
     if rng.random() < 0.02:
         return rng.choice(WHOLE)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
