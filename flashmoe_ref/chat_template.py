@@ -57,13 +57,12 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Any:
-        import jinja2
-
         try:
             return _environment().from_string(self.source)
-        except jinja2.TemplateSyntaxError as error:
+        except Exception as error:  # also nested too deeply, or a number too long
+            line = f", line {error.lineno}" if hasattr(error, "lineno") else ""
             raise TokenizerError(
-                f"{self.where}: invalid chat template, line {error.lineno}: "
+                f"{self.where}: invalid chat template{line}: "
                 f"{_one_line(error)}; download the model's template again"
             ) from error
 
@@ -98,7 +97,9 @@ def _with_mapping(call: dict[str, Any]) -> dict[str, Any]:
     function = dict(call.get("function", call))
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        with suppress(json.JSONDecodeError):  # then still a str, and refused below
+        with suppress(
+            ValueError, RecursionError
+        ):  # then still a str, and refused below
             arguments = json.loads(arguments)
         function["arguments"] = arguments
     if not isinstance(arguments, Mapping):

@@ -16,7 +16,7 @@ from .errors import ConfigError
 from .generation import ChatSession
 from .small_files import parse_json, read_text
 from .tool_chat import Event, ToolChat
-from .toolcalls import ToolCall, ToolCallParser, readable_call
+from .toolcalls import ToolCall, ToolCallParser, fault_of_tool, readable_call
 from .tools import Tool
 
 Say = Callable[..., None]
@@ -35,17 +35,9 @@ def read_tools(path: Path) -> list[dict]:
     if not isinstance(tools, list) or not tools:
         raise ConfigError(f"{path}: must hold a JSON list of tool schemas")
     for number, tool in enumerate(tools, 1):
-        if not isinstance(_function(tool).get("name"), str):
-            raise ConfigError(
-                f"{path}: tool {number} has no name; a tool is "
-                '{"type": "function", "function": {"name": ..., "parameters": ...}}'
-            )
+        if fault := fault_of_tool(tool):
+            raise ConfigError(f"{path}: tool {number} {fault}")
     return tools
-
-
-def _function(tool: object) -> dict:
-    function = tool.get("function", tool) if isinstance(tool, dict) else {}
-    return function if isinstance(function, dict) else {}
 
 
 def converse(

@@ -8,6 +8,7 @@ values mean, the callers check. *Used from notebooks/04 on.*
 
 import json
 import os
+import re
 import stat
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ from .errors import FlashMoeError
 
 MAX_BYTES = 200_000_000  # the largest known, an index or a tokenizer, have some 20 MB
 GIT_LFS_MAGIC = b"version https://git-lfs"  # how an undownloaded file begins
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON may write one
 
 Kind = type[FlashMoeError]  # of the errors that a caller wants
 
@@ -64,13 +66,16 @@ def read_text(path: Path, kind: Kind) -> str | None:
         ) from None
 
 
-def parse_json(text: str | bytes, where: object, kind: Kind) -> Any:
+def parse_json(text: str, where: object, kind: Kind) -> Any:
     """The value of a JSON text in which no key stands twice in one object.
 
     Raises: kind naming the place and what is wrong.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique)
+        if HALF_CHARACTER.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # fails for one half alone
+        return value
     except (ValueError, RecursionError) as error:
         # RecursionError: nested too deeply; ValueError: also a number too long for int
         raise kind(f"{where}: not valid JSON ({error}); fetch the file again") from None

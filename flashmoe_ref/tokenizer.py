@@ -53,9 +53,9 @@ class Tokenizer:
         self._backend = files.backend
         added = self._backend.get_added_tokens_decoder()
         self.control = {token.content: token_id for token_id, token in added.items()}
-        self.n_real_ids = max(
-            [self._backend.get_vocab_size(False), *(i + 1 for i in added)]
-        )
+        # Not the number of tokens: a vocabulary may leave numbers out.
+        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+        self.n_real_ids = 1 + max([*vocabulary.values(), *added], default=-1)
         self.stop_ids = files.stop_ids
         self.sampling = files.sampling
         self._folder = files.folder

@@ -5,6 +5,7 @@ Follows Hugging Face's file formats; stop ids are a union, as no single file has
 *Taught in notebooks/04.*
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,12 @@ def _load_backend(path: Path) -> Any:
         )
     try:
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception for any fault
+    except BaseException as error:
+        # The library raises plain Exception for any fault, and for a panic of its Rust
+        # code something that is none.
+        is_panic = type(error).__name__ == "PanicException"
+        if not is_panic and not isinstance(error, Exception):
+            raise
         raise TokenizerError(
             f"{path}: the tokenizers library cannot read it "
             f"({' '.join(str(error).split())}); download it again"
@@ -101,7 +107,7 @@ def _read_template(folder: Path) -> str | None:
         named = {
             item.get("name"): item.get("template")
             for item in template
-            if isinstance(item, dict)
+            if isinstance(item, dict) and isinstance(item.get("name"), str)
         }
         template = named.get("default", "")
     if template is None or (isinstance(template, str) and template):
@@ -161,7 +167,10 @@ def _sampling_defaults(path: Path, values: dict[str, Any]) -> SamplingDefaults:
     for name in (item.name for item in fields(SamplingDefaults)):
         value = values.get(name)
         wanted = kinds.get(name, (int, float))
-        if value is not None and type(value) not in wanted:  # bool is a kind of int
+        is_good = type(value) in wanted and math.isfinite(
+            value
+        )  # bool is a kind of int
+        if value is not None and not is_good:
             kind = " or ".join(kind.__name__ for kind in wanted)
             raise TokenizerError(f"{path}: {name} is {value!r}; it must be {kind}")
         chosen[name] = value

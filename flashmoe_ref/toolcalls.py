@@ -27,6 +27,8 @@ from typing import Any
 from .errors import TokenizerError
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
+MAX_ERRORS = 5  # of a call that are told: the model reads them
+MAX_NESTED = 20  # choices inside choices of a schema
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(
     r"\s*<parameter=([^>\n]+)>(.*?)</parameter>\s*(?=<parameter=|\Z)", re.DOTALL
@@ -125,6 +127,38 @@ def _parameter_schemas(
     return {}
 
 
+def fault_of_tool(tool: object) -> str | None:
+    """What is wrong with a tool's schema as far as calls are read by it, or None."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return (
+            "has no name; a tool is "
+            '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+        )
+    parameters = function.get("parameters") or {}
+    schemas = parameters.get("properties") or {} if isinstance(parameters, dict) else 0
+    if not isinstance(schemas, dict):
+        return "has parameters or properties that are no JSON object"
+    for name, schema in schemas.items():
+        if not _is_schema(schema):
+            return f"has no JSON schema for its parameter {name!r}"
+    return None
+
+
+def _is_schema(schema: object, depth: int = 0) -> bool:
+    if not isinstance(schema, dict) or depth > MAX_NESTED:
+        return False
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if not isinstance(kinds, list) or not all(isinstance(k, str) for k in kinds):
+        return False
+    choices = [schema.get(name, []) for name in ("anyOf", "oneOf")]
+    return all(
+        isinstance(options, list) and all(_is_schema(o, depth + 1) for o in options)
+        for options in choices
+    )
+
+
 def _shortened(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
@@ -186,12 +220,14 @@ def read_tool_call(block: str, tools: list[dict[str, Any]] | None = None) -> Too
         key, value = found.group(1), _without_frame(found.group(2))
         position = found.end()
         if key in arguments:
-            errors.append(f"argument {key!r} is given twice")
+            errors.append(f"argument {_shortened(key)} is given twice")
         try:
             arguments[key] = coerce(value, schemas.get(key))
         except ValueError as error:
             arguments[key] = value
-            errors.append(f"argument {key!r}: {error}")
+            errors.append(f"argument {_shortened(key)}: {error}")
+    if len(errors) > MAX_ERRORS:
+        errors[MAX_ERRORS:] = [f"and {len(errors) - MAX_ERRORS} more faults"]
     return ToolCall(name, arguments, "; ".join(errors) or None, block)
 
 
