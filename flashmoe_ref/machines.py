@@ -6,6 +6,7 @@ chip's note says who. Follows Apple's and NVIDIA's specifications.
 *Taught in notebooks/12.*
 """
 
+import math
 import os
 import platform
 import re
@@ -20,6 +21,7 @@ from .errors import ConfigError
 RECORD_BYTES = 7_077_888  # an expert of the 397B at 4 bits: what a disk is asked for
 GB = 1e9
 MEMORY_GB = 1.073741824  # memory is sold in GB of 2^30 bytes
+MOST_GB = 1e9  # an exabyte, of memory or disk: more is a slip of the keyboard
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,10 @@ def machine(name: str) -> Machine:
             f"{EXAMPLES}; chips: {', '.join(CHIPS)}"
         )
     memory_gb = float(match.group(2))
-    if not memory_gb > 0:
-        raise ConfigError(f"machine {name!r}: memory must be more than 0 GB")
+    if not 0 < memory_gb < MOST_GB:
+        raise ConfigError(
+            f"machine {name!r}: memory must be more than 0 and below {MOST_GB:g} GB"
+        )
     return Machine(
         name=f"{chip.title}, {memory_gb:g} GB",
         kind=chip.kind,
@@ -145,7 +149,7 @@ def parse_quantity(text: str, unit: str) -> float:
     pattern = rf"\s*(\d+(?:\.\d+)?)\s*(?:(MB|GB|TB|GiB){tail})?\s*"
     match = re.fullmatch(pattern, text, re.IGNORECASE)
     value = match and float(match.group(1)) * factors[(match.group(2) or "GB").upper()]
-    if not value:
+    if not value or value > MOST_GB:
         raise ConfigError(f"{text!r} is no quantity; write for example 48{unit}")
     return value
 
@@ -224,8 +228,8 @@ def with_probe(known: Machine, path: str | Path) -> Machine:
     """
     raw = read_json(Path(path))
     try:
-        memory = max(raw["memory_gb_s"].values())
-        matvec = raw["matvec_gb_s"]
+        memory = max(map(_rate, raw["memory_gb_s"].values()))
+        matvec = {key: _rate(rate) for key, rate in raw["matvec_gb_s"].items()}
         on_gpu = {key: rate for key, rate in matvec.items() if key.endswith("the gpu")}
         rates = raw["disk"]["rates"] if raw["disk"] else []
         disk, warm = _disk_rate(rates, "cold", "direct"), _disk_rate(rates, "warm")
@@ -247,8 +251,15 @@ def with_probe(known: Machine, path: str | Path) -> Machine:
 
 def _disk_rate(rates: list[dict], *modes: str) -> float | None:
     """The rate at the size nearest to an expert's, at the best depth up to 8."""
-    found = [r for r in rates if r["mode"] in modes and r["depth"] <= 8]
+    found = [r for r in rates if r["mode"] in modes and _rate(r["depth"]) <= 8]
     if not found:
         return None
-    size = min((r["n_bytes"] for r in found), key=lambda n: abs(n - RECORD_BYTES))
-    return max(r["rate_gb_s"] for r in found if r["n_bytes"] == size)
+    sizes = (_rate(r["n_bytes"]) for r in found)
+    size = min(sizes, key=lambda n: abs(n - RECORD_BYTES))
+    return max(_rate(r["rate_gb_s"]) for r in found if r["n_bytes"] == size)
+
+
+def _rate(value: object) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{value!r} is no rate")
+    return value

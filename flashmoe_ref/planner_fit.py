@@ -7,7 +7,6 @@ physics has them. **But:** the form of the model was chosen with all sources in
 view; only the coefficients are held out. *Taught in notebooks/12.*
 """
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -27,6 +26,7 @@ from .planner import (
     tokens_per_second,
 )
 from .simulator import decode_requests, simulate
+from .small_files import parse_table, read_text
 from .trace import Trace
 
 DATA = Path(__file__).parents[1] / "data"  # only in a clone
@@ -69,18 +69,34 @@ class Published:
 def read_rows(name: str, folder: Path = DATA) -> list[dict[str, str]]:
     """Rows of a table in data/. Raises: ConfigError where there is no clone."""
     path = folder / name
-    if not path.exists():
+    text = read_text(path, ConfigError)
+    if text is None:
         raise ConfigError(
             f"{path}: no such file; the published runs are in a clone of the repository"
         )
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return parse_table(text, path, ConfigError)
 
 
 def read_published(folder: Path = DATA) -> Published:
-    """All rows of published.csv that are marked for use."""
-    rows = [row for row in read_rows("published.csv", folder) if row["use"] == USED]
-    runs = [run_of_row(row, folder) for row in rows]
+    """All rows of published.csv that are marked for use.
+
+    Raises: ConfigError naming the row with a value that is none.
+    """
+    rows, runs = [], []
+    for n, row in enumerate(read_rows("published.csv", folder), 1):
+        try:
+            if row["use"] != USED:
+                continue
+            run = run_of_row(row, folder)
+            sizes = (run.n_layers, run.picked_gb, run.memory_gb, run.disk_gb_s)
+            if not all(0 < n < np.inf for n in (*sizes, speed_of_row(row))):
+                raise ValueError("a size, rate or speed is none")
+            rows.append({name: row[name] for name in ("source", "class")} | row)
+            runs.append(run)
+        except (ValueError, LookupError, AttributeError, OverflowError) as error:
+            # AttributeError: a chip that is not known, where its figures are needed
+            where = f"{folder / 'published.csv'}, row {n}"
+            raise ConfigError(f"{where}: {error}; see data/README.md") from None
     columns = [np.array([getattr(r, f.name) for r in runs]) for f in fields(Run)]
     return Published(
         rows,

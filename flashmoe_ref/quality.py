@@ -5,8 +5,10 @@ model loses other amounts; only the order is likely to be the same.
 *Taught in notebooks/10 and 12.*
 """
 
-import csv
 from pathlib import Path
+
+from .errors import ConfigError
+from .small_files import number, parse_table, read_text
 
 SWEEP = Path(__file__).parents[1] / "data" / "results" / "sweep.csv"  # in a clone
 PLAIN = {"rule": "mlx", "kept": "renormalized"}
@@ -14,11 +16,9 @@ EMPTY = ("group_size", "down_bits", "dense_bits", "router_bits", "mass")
 
 
 def read_sweep(path: Path = SWEEP) -> list[dict[str, str]]:
-    """Rows of the table; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    """Rows of the table; none if there is no file. Raises: ConfigError."""
+    text = read_text(path, ConfigError)
+    return [] if text is None else parse_table(text, path, ConfigError)
 
 
 def cost_in_quality(
@@ -27,22 +27,26 @@ def cost_in_quality(
     """What a cut cost the reduced model, from its sweep; None if it has no such row.
 
     K is matched by its share of the trained one.
+    Raises: ConfigError naming the column of a value that is none.
     """
     base = _row(sweep, None, None)
     if base is None:
         return None
-    base_k = int(base["k_used"])
+    base_k = round(number(base, "k_used", ConfigError))
     same = round(k / trained_k * base_k)
     width = None if str(bits) == base.get("expert_bits") else bits
     row = _row(sweep, None if same == base_k else same, width)
     if row is None or row is base:
         return None
-    change = float(row["perplexity"]) / float(base["perplexity"]) - 1
+    was = number(base, "perplexity", ConfigError)
+    if was <= 0:
+        raise ConfigError(f"column perplexity: {was:g} is none")
+    change = number(row, "perplexity", ConfigError) / was - 1
     text = f"perplexity {change:+.1%}"
     for name in ("tool_right", "tools_right"):
         if row.get(name) and base.get(name):
-            text += f", tool calls right {float(row[name]):.0%}"
-            return text + f" (was {float(base[name]):.0%})"
+            now, was = (number(r, name, ConfigError) for r in (row, base))
+            return text + f", tool calls right {now:.0%} (was {was:.0%})"
     return text
 
 

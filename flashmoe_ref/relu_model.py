@@ -10,16 +10,18 @@ Axes: T tokens, D model width, F neurons of a layer, V vocabulary. Neuron i is r
 `up` and row i of `down`, which is stored turned around: (F, D), as `up` is.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from .config import read_json
 from .errors import CheckpointError, ConfigError
 from .headers import TensorInfo, read_header, read_tensor
 from .layers import AttentionState, attend, rms_norm, rope_angles, rotate
+
+MOST = 1_000_000  # of any size in its config
 
 # layer, its input, the stream after its attention, the same normed -> what it adds
 FeedForward = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -43,13 +45,18 @@ class ReluConfig:
 
         Raises: ConfigError if a value is missing, or the file is no JSON.
         """
-        try:
-            return cls(**json.loads(Path(path).read_text("utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(
-                f"{path}: is not the config of a ReLU model ({error}); see "
-                f"data/relu/README.md"
-            ) from None
+        raw = read_json(Path(path))
+        for field in fields(cls):
+            value = raw.get(field.name)
+            kinds, most = ((int,), MOST) if field.type is int else ((int, float), 1e9)
+            if type(value) not in kinds or not 0 < value <= most:
+                raise ConfigError(
+                    f"{path}: is not the config of a ReLU model ({field.name} is "
+                    f"{value!r}); see data/relu/README.md"
+                )
+        if raw["hidden_size"] % (2 * raw["num_attention_heads"]):
+            raise ConfigError(f"{path}: hidden_size does not divide into even heads")
+        return cls(**{field.name: raw[field.name] for field in fields(cls)})
 
     @property
     def neuron_bytes(self) -> int:
@@ -69,14 +76,32 @@ class ReluLayer:
     down: np.ndarray  # (F, D), neuron by neuron
 
 
-def read_rounded(infos: dict[str, TensorInfo], name: str) -> np.ndarray:
-    """A tensor in float32; one of 8 bits is multiplied by its rows' scales."""
+def read_rounded(
+    infos: dict[str, TensorInfo], name: str, shape: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """A tensor in float32; one of 8 bits is multiplied by its rows' scales.
+
+    Raises: CheckpointError if it is missing, or not of the shape that is wanted.
+    """
+    info = _of_shape(infos, name, shape)
+    if info.dtype != np.int8:
+        return read_tensor(info).astype(np.float32, copy=False)
+    scale = read_tensor(_of_shape(infos, f"{name}.scale", info.shape[:1]))
+    return read_tensor(info).astype(np.float32) * scale.astype(np.float32)[:, None]
+
+
+def _of_shape(
+    infos: dict[str, TensorInfo], name: str, shape: tuple[int, ...] | None
+) -> TensorInfo:
     if name not in infos:
         raise CheckpointError(f"no tensor {name!r}; see data/relu/README.md")
-    values = read_tensor(infos[name])
-    if values.dtype != np.int8:
-        return values.astype(np.float32, copy=False)
-    return values.astype(np.float32) * read_tensor(infos[f"{name}.scale"])[:, None]
+    info = infos[name]
+    if shape not in (None, info.shape):
+        raise CheckpointError(
+            f"{info.file}: tensor {name!r} has shape {info.shape}, config.json gives "
+            f"{shape}; do they belong together?"
+        )
+    return info
 
 
 class ReluModel:
@@ -101,15 +126,23 @@ class ReluModel:
         folder = Path(folder)
         config = ReluConfig.from_json(folder / "config.json")
         infos = read_header(folder / "model.safetensors")
+        D, F = config.hidden_size, config.intermediate_size
+        shapes = {
+            "norm_attention": (D,),
+            "attention.qkv": (3 * D, D),
+            "attention.out": (D, D),
+            "norm_ffn": (D,),
+            "up": (F, D),
+            "down": (F, D),
+        }
 
         def layer(i: int) -> ReluLayer:
-            names = ("norm_attention", "attention.qkv", "attention.out", "norm_ffn")
-            names = (f"layers.{i}.{n}.weight" for n in (*names, "up", "down"))
-            return ReluLayer(*(read_rounded(infos, name) for name in names))
+            named = ((f"layers.{i}.{n}.weight", shape) for n, shape in shapes.items())
+            return ReluLayer(*(read_rounded(infos, *item) for item in named))
 
         layers = [layer(i) for i in range(config.num_hidden_layers)]
-        embedding = read_rounded(infos, "embedding.weight")
-        return cls(config, embedding, layers, read_rounded(infos, "norm.weight"))
+        embedding = read_rounded(infos, "embedding.weight", (config.vocab_size, D))
+        return cls(config, embedding, layers, read_rounded(infos, "norm.weight", (D,)))
 
     @classmethod
     def random(cls, config: ReluConfig, seed: int = 0) -> "ReluModel":

@@ -6,7 +6,6 @@ model has it, so one list of settings serves every model.
 *Used in notebooks/10.*
 """
 
-import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from . import routing_cut
 from .config import ModelConfig
 from .errors import ConfigError
 from .quantize import BITS, GROUP_SIZES, RULES
+from .small_files import parse_table, read_text
 
 KEPT = (*routing_cut.KEPT, "scaled")
 
@@ -121,23 +121,24 @@ def from_row(row: dict[str, str]) -> Setting:
 def read_settings(path: str | Path) -> list[Setting]:
     """Settings from a CSV file with any of COLUMNS; each once, in their order.
 
-    Raises: ConfigError naming the line.
+    Raises: ConfigError naming the row.
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        unknown = set(reader.fieldnames or ()) - set(COLUMNS)
-        if unknown or not reader.fieldnames:
-            raise ConfigError(
-                f"{path}: its first line must name columns out of {', '.join(COLUMNS)}"
-            )
-        found = []
-        for row in reader:
-            try:
-                found.append(from_row(row))
-            except ConfigError as error:
-                raise ConfigError(f"{path}, line {reader.line_num}: {error}") from None
-    if not found:
+    text = read_text(Path(path), ConfigError)
+    if text is None:
+        raise ConfigError(f"{path}: no such file")
+    found = []
+    rows = parse_table(text, path, ConfigError)
+    if not rows:
         raise ConfigError(f"{path}: holds no settings")
+    if not set(rows[0]) <= set(COLUMNS):
+        raise ConfigError(
+            f"{path}: its first line must name columns out of {', '.join(COLUMNS)}"
+        )
+    for n, row in enumerate(rows, 1):
+        try:
+            found.append(from_row(row))
+        except ConfigError as error:
+            raise ConfigError(f"{path}, row {n}: {error}") from None
     return unique(found)
 
 

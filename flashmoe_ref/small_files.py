@@ -6,7 +6,10 @@ thousands of digits or a key twice. All of that ends in one line. **But:** what 
 values mean, the callers check. *Used from notebooks/04 on.*
 """
 
+import csv
+import io
 import json
+import math
 import os
 import re
 import stat
@@ -32,8 +35,8 @@ def size_of_file(path: Path, kind: Kind) -> int:
     return found.st_size
 
 
-def read_text(path: Path, kind: Kind) -> str | None:
-    """The text of a small file, None if it does not exist.
+def read_bytes(path: Path, kind: Kind) -> bytes | None:
+    """All of a small file, None if it does not exist.
 
     Raises: kind naming the file, what is wrong and what to do.
     """
@@ -45,7 +48,7 @@ def read_text(path: Path, kind: Kind) -> str | None:
                 f"the file again"
             )
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES)
+            return file.read(MAX_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -54,15 +57,25 @@ def read_text(path: Path, kind: Kind) -> str | None:
         raise kind(
             f"{path}: cannot be read ({error.strerror}); check the path and its rights"
         ) from None
+
+
+def read_text(path: Path, kind: Kind) -> str | None:
+    """The text of a small file, None if it does not exist. Raises: as `read_bytes`."""
+    data = read_bytes(path, kind)
+    return None if data is None else decode(data, path, kind)
+
+
+def decode(data: bytes, where: object, kind: Kind) -> str:
+    """The text of bytes. Raises: kind unless they are UTF-8."""
     if data.startswith(GIT_LFS_MAGIC):
         raise kind(
-            f"{path}: a Git-LFS pointer, not the file itself; run `git lfs pull` there"
+            f"{where}: a Git-LFS pointer, not the file itself; run `git lfs pull` there"
         )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise kind(
-            f"{path}: not UTF-8 text (byte {error.start:,}); fetch the file again"
+            f"{where}: not UTF-8 text (byte {error.start:,}); fetch the file again"
         ) from None
 
 
@@ -87,3 +100,38 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{twice!r} appears twice in one object")
     return found
+
+
+def parse_table(text: str, where: object, kind: Kind) -> list[dict[str, str]]:
+    """Rows of a CSV text by the columns that its first line names, all of them whole.
+
+    Raises: kind naming the place, and the line where a row is at fault.
+    """
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) != len(names):
+            raise kind(f"{where}: a column stands twice in its first line")
+        for row in reader:
+            if None in row or None in row.values():
+                raise kind(
+                    f"{where}: line {reader.line_num} has not the {len(names)} fields "
+                    f"of the first line"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise kind(f"{where}: not a CSV file ({error})") from None
+    return rows
+
+
+def number(row: dict[str, str], column: str, kind: Kind) -> float:
+    """A finite number of a table. Raises: kind naming the column."""
+    text = row.get(column) or ""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise kind(f"column {column}: {text!r} is no number")
+    return value

@@ -7,7 +7,6 @@ went wrong, and the token that would have been right.
 *Taught in notebooks/10.*
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,8 +17,9 @@ from .errors import ConfigError
 from .first_wrong import as_json
 from .generation import generate_ids
 from .layers import softmax
+from .small_files import parse_json, read_text
 from .structured import STAGES, Score, score_json, score_tool_calls, wilson
-from .toolcalls import format_tool_call
+from .toolcalls import fault_of_tool, format_tool_call
 
 # Prompts of a set that a run takes if it is not told otherwise. In data/eval a prompt
 # has about 90 (json) to 210 tokens (tool), an answer about 50.
@@ -92,23 +92,47 @@ class StageRate:
 
 def load_prompts(path: str | Path) -> list[Prompt]:
     """Read a set. Raises: ConfigError naming the line that is not a prompt."""
+    text = read_text(Path(path), ConfigError)
+    if text is None:
+        raise ConfigError(f"{path}: no such file")
     prompts = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+    # Not splitlines(): a text may hold other characters that end lines.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        where = f"{path}, line {number}"
+        value = parse_json(line, where, ConfigError)
         try:
-            prompt = Prompt(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            prompt = Prompt(**value)
+        except TypeError as error:
             raise ConfigError(
-                f"{path}, line {number}: not a prompt ({error}); see "
-                "data/eval/README.md"
-            ) from error
-        if prompt.kind not in STAGES:
-            raise ConfigError(
-                f"{path}, line {number}: kind {prompt.kind!r} is not one of "
-                f"{', '.join(STAGES)}"
-            )
+                f"{where}: not a prompt ({error}); see data/eval/README.md"
+            ) from None
+        if fault := _fault_of_prompt(prompt):
+            raise ConfigError(f"{where}: {fault}; see data/eval/README.md")
         prompts.append(prompt)
     return prompts
+
+
+def _fault_of_prompt(prompt: Prompt) -> str | None:
+    if not isinstance(prompt.kind, str) or prompt.kind not in STAGES:
+        return f"kind {prompt.kind!r} is not one of {', '.join(STAGES)}"
+    if not isinstance(prompt.id, str) or not isinstance(prompt.group, str):
+        return "id and group must be texts"
+    if not isinstance(prompt.schema, dict):
+        return "schema must be a JSON object"
+    calls = prompt.wanted if prompt.kind == "tool" else []
+    for name, items in (
+        ("messages", prompt.messages),
+        ("tools", prompt.tools),
+        ("wanted", calls),
+    ):
+        if not isinstance(items, list) or not all(isinstance(i, dict) for i in items):
+            return f"{name} must be a list of JSON objects"
+    for call in calls:
+        is_call = isinstance(call.get("name"), str)
+        if not is_call or not isinstance(call.get("arguments"), dict):
+            return "a wanted call has no name or no arguments"
+    faults = (fault_of_tool(tool) for tool in prompt.tools)
+    return next((f"a tool {fault}" for fault in faults if fault), None)
 
 
 def choose_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:

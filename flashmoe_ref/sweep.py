@@ -29,6 +29,7 @@ from .headers import read_header
 from .measures import Baseline, Tasks, make_baseline, measure
 from .requantize import requantize
 from .settings import Setting, check_experts, from_row
+from .small_files import decode, parse_json, parse_table, read_bytes
 from .structured_runs import Outcome, as_record
 
 END_BYTES = 1 << 16  # of each file's end, for a model's fingerprint
@@ -136,13 +137,13 @@ def _own_folder(table: Path) -> Iterator[Path]:
 
 
 def read_table(table: str | Path) -> list[dict[str, str]]:
-    """The whole rows of a table, as text by column; none if there is no file."""
-    table = Path(table)
-    if not table.exists():
-        return []
-    text = table.read_text("utf-8")
-    whole = text[: text.rfind("\n") + 1]  # a killed sweep may leave half a line
-    return list(csv.DictReader(io.StringIO(whole)))
+    """The whole rows of a table, as text by column; none if there is no file.
+
+    Raises: ConfigError if it is no table.
+    """
+    data = read_bytes(Path(table), ConfigError) or b""
+    whole = data[: data.rfind(b"\n") + 1]  # a killed sweep may leave half a line
+    return parse_table(decode(whole, table, ConfigError), table, ConfigError)
 
 
 def append_row(table: Path, row: dict[str, object]) -> None:
@@ -154,8 +155,8 @@ def append_row(table: Path, row: dict[str, object]) -> None:
     writer = csv.DictWriter(text, list(row), lineterminator="\n")
     if is_new:
         writer.writeheader()
-    elif (columns := list(read_table(table)[0])) != list(row):
-        other = sorted(set(columns) ^ set(row))
+    elif (rows := read_table(table)) and list(rows[0]) != list(row):
+        other = sorted(set(rows[0]) ^ set(row))
         raise ConfigError(f"{table}: has other columns ({', '.join(other)})")
     writer.writerow(row)
     _append(table, text.getvalue())
@@ -188,7 +189,10 @@ def _finished(table: Path, given: dict[str, object]) -> set[Setting]:
                     f"{table}: its rows have {name} {row.get(name)!r}, this sweep "
                     f"{str(given[name])!r}; give another file"
                 )
-    return {from_row(row) for row in rows}
+    try:
+        return {from_row(row) for row in rows}
+    except ConfigError as error:
+        raise ConfigError(f"{table}: {error}") from None
 
 
 # --- wrong answers --------------------------------------------------------------------
@@ -215,10 +219,15 @@ def _forget_failures(table: Path, done: set[Setting]) -> None:
     """Leave out those of settings that have no row, for they will come again."""
     path, names = failures_file(table), {setting.name for setting in done}
     if path.exists():
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        whole = (line for line in lines if line.endswith("\n"))
-        kept = [line for line in whole if json.loads(line)["setting"] in names]
-        path.write_text("".join(kept), "utf-8")
+        # Not splitlines(): an answer may hold other characters that end lines.
+        *whole, _cut_off = (read_bytes(path, ConfigError) or b"").split(b"\n")
+        kept = [line + b"\n" for line in whole if _setting_of(line, path) in names]
+        path.write_bytes(b"".join(kept))
+
+
+def _setting_of(line: bytes, path: Path) -> object:
+    found = parse_json(decode(line, path, ConfigError), path, ConfigError)
+    return found.get("setting") if isinstance(found, dict) else None
 
 
 # --- where figures come from ----------------------------------------------------------

@@ -18,6 +18,7 @@ import numpy as np
 
 from .errors import TraceError
 from .recording import KINDS
+from .small_files import size_of_file
 from .trace import Trace
 from .trace_format import STEP
 from .writing import new_file
@@ -40,7 +41,12 @@ def read_csv(path: str | Path, n_experts: int | None = None) -> Trace:
     Raises: TraceError naming the line.
     """
     path = Path(path)
+    if n_experts is not None and not 1 <= n_experts <= LARGEST["expert"] + 1:
+        raise TraceError(
+            f"{n_experts} experts of a layer: give 1 to {LARGEST['expert'] + 1}"
+        )
     try:
+        size_of_file(path, TraceError)
         found = _load(path)
         if found is None or _fault(found[0], n_experts):
             found = _parse(path, n_experts)  # slowly: it knows the lines

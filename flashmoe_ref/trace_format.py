@@ -6,15 +6,18 @@ checking only; `trace.py` gives the arrays their meaning. *Taught in notebooks/0
 """
 
 import json
+import math
 import struct
 import zipfile
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
 from .errors import TraceError
 from .recording import KINDS
+from .small_files import parse_json, size_of_file
 from .writing import new_file
 
 VERSION = 1  # of the file format
@@ -41,6 +44,10 @@ READ = np.dtype(
 )
 REQUIRED = ("picks", "n_experts", "steps", "about")
 OPTIONAL = ("ids", "weights", "hits", "spans", "reads")
+KNOWN = ("version", *REQUIRED, *OPTIONAL)
+MAX_EXPERTS = MAX_LAYERS = 32_768  # READ counts both in 16 bits
+# What an array may unpack to: hits that are all alike take a thousandth of their bytes.
+ROOM_BYTES, MOST_PACKED = 100_000_000, 100
 
 # What NumPy and zipfile raise for bytes that are not what they should be.
 DAMAGE = (
@@ -48,6 +55,8 @@ DAMAGE = (
     EOFError,
     LookupError,
     RuntimeError,  # "encrypted", "version not implemented"
+    SyntaxError,  # of an array's header; so is the next
+    TokenError,
     struct.error,
     zipfile.BadZipFile,
     zlib.error,
@@ -92,19 +101,30 @@ def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict]:
     n_experts = arrays["n_experts"]
     if n_experts.shape or n_experts.dtype.kind not in "iu":
         raise TraceError(f"{path}: n_experts is not one integer")
-    about = _parse(arrays.pop("about"))
-    if about is None:
-        raise TraceError(f"{path}: 'about' is not a JSON object")
-    return {n: a for n, a in arrays.items() if n in REQUIRED + OPTIONAL}, about
+    about = _parse(arrays.pop("about"), path)
+    del arrays["version"]
+    return arrays, about
 
 
 def _unzip(path: str | Path) -> dict[str, np.ndarray]:
+    """The known arrays; of none is memory taken that its file does not fill."""
     try:
+        n_bytes = size_of_file(Path(path), TraceError)
         with open(path, "rb") as file:
             if file.read(2) != b"PK":  # as every zip begins
                 raise TraceError(f"{path}: not a trace (it is no .npz)")
         with np.load(path, allow_pickle=False) as found:
-            return dict(found)
+            names = [name for name in KNOWN if name in found.files]
+            infos = [_member(found.zip, name) for name in names]
+            if sum(i.file_size for i in infos) > ROOM_BYTES + MOST_PACKED * n_bytes:
+                raise ValueError("it unpacks to more than a trace would")
+            for info in found.zip.infolist():
+                found.zip.open(info).close()  # fails for a name that was changed
+            for info in infos:
+                _check_claim(found.zip, info)
+            return {name: found[name] for name in names}
+    except TraceError:
+        raise
     except OSError as error:
         reason = error.strerror or error
         raise TraceError(f"{path}: cannot be read ({reason})") from None
@@ -113,12 +133,31 @@ def _unzip(path: str | Path) -> dict[str, np.ndarray]:
         raise TraceError(f"{path}: a damaged .npz ({reason}); get it again") from None
 
 
-def _parse(text: np.ndarray) -> dict | None:
-    try:
-        about = json.loads(str(text))
-    except ValueError:
-        return None
-    return about if isinstance(about, dict) else None
+def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    names = archive.namelist()
+    return archive.getinfo(name if name in names else f"{name}.npy")
+
+
+def _check_claim(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    """NumPy takes the memory that an array's header claims: so look at it first."""
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        shape, _, dtype = readers[version](file)
+    if math.prod(shape) * dtype.itemsize > info.file_size:
+        raise ValueError(f"{info.filename} claims more than it holds")
+
+
+def _parse(text: np.ndarray, path: str | Path) -> dict:
+    if text.shape or text.dtype.kind != "U":
+        raise TraceError(f"{path}: 'about' is not one text")
+    about = parse_json(str(text), f"{path}: 'about'", TraceError)
+    if not isinstance(about, dict) or not isinstance(about.get("mode", {}), dict):
+        raise TraceError(f"{path}: 'about' is not a JSON object with a mode")
+    return about
 
 
 # --- what must hold -------------------------------------------------------------------
@@ -136,6 +175,11 @@ def first_fault(
         return f"picks are {_form(picks)}, expected integers (T, L, K)"
     if steps.dtype != STEP or steps.ndim != 1:
         return f"steps are {_form(steps)}, expected (S,) of {STEP}"
+    if not 1 <= n_experts <= MAX_EXPERTS or picks.shape[1] > MAX_LAYERS:
+        return (
+            f"{n_experts} experts in {picks.shape[1]} layers; at most "
+            f"{MAX_EXPERTS} in {MAX_LAYERS} can be told"
+        )
     n_tokens = int(steps["n_tokens"].sum())
     if len(picks) != n_tokens or (steps["n_tokens"] < 1).any():
         return f"steps are of {n_tokens} tokens, but picks of {len(picks)}"
@@ -154,11 +198,16 @@ def first_fault(
         array = arrays.get(name)
         if array is not None and (array.dtype.kind, array.shape) != (kind, shape):
             return f"{name} are {_form(array)}, expected {shape}"
+    weights = arrays.get("weights")
+    if weights is not None and not (np.isfinite(weights) & (weights >= 0)).all():
+        return "a weight is no number from 0 on"
     limits = {
         "step": (0, len(steps)),
         "layer": (-1, picks.shape[1]),
         "kind": (0, len(KINDS)),
         "expert": (0, n_experts),
+        "thread": (0, 1 << 15),
+        "n_bytes": (0, 1 << 62),
     }
     return _fault_of_times(arrays, limits)
 
@@ -187,7 +236,8 @@ def _fault_of_times(
                 values = rows[column]
                 if values.min() < low or values.max() >= high:
                     return f"{name} have a {column} outside {low}..{high - 1}"
-        if not (rows["end_s"] >= rows["start_s"]).all():
+        ends, starts = rows["end_s"], rows["start_s"]
+        if not ((ends >= starts) & np.isfinite(ends) & np.isfinite(starts)).all():
             return f"{name} end before they start"
     return None
 

@@ -215,7 +215,7 @@ def test_files_that_are_no_sets(tmp_path):
     path = tmp_path / "set.jsonl"
     good = '{"id": "1", "kind": "json", "group": "", "messages": [], "wanted": 1}'
     for bad, words in (
-        ("{", "line 2: not a prompt"),
+        ("{", "line 2: not valid JSON"),
         ('{"id": 1}', "line 2: not a prompt"),
         (good.replace("json", "xml"), "kind 'xml' is not one of tool, json"),
     ):

@@ -68,7 +68,7 @@ def test_settings_that_cannot_be_meant(tmp_path: Path) -> None:
     path = tmp_path / "s.csv"
     for text, message in (
         ("k,speed\n4,1\n", "must name columns"),
-        ("k\nfour\n", "line 2: column k: 'four' is no number"),
+        ("k\nfour\n", "row 1: column k: 'four' is no number"),
         ("k\n", "holds no settings"),
     ):
         path.write_text(text)

@@ -295,7 +295,7 @@ FAULTS = {
     "no steps": ({"steps": None}, "'steps' is missing"),
     "no about": ({"about": None}, "'about' is missing"),
     "about is a list": ({"about": np.array("[1]")}, "not a JSON object"),
-    "about is no JSON": ({"about": np.array("{")}, "not a JSON object"),
+    "about is no JSON": ({"about": np.array("{")}, "not valid JSON"),
     "n_experts is a list": ({"n_experts": np.array([4])}, "not one integer"),
     "an expert too many": ({"n_experts": np.array(3)}, r"expert 3 is outside 0\.\.2"),
     "an expert twice": ({"picks": np.zeros((3, 2, 2), np.uint8)}, "twice"),
