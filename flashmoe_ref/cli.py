@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 from . import cli_caching, cli_routing
 from .cli_options import REDUCED, build_parser
-from .errors import ConfigError, FlashMoeError
+from .errors import ConfigError, FlashMoeError, one_line
 
 SAMPLING = (
     "temperature",
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flashmoe: standard input is not text ({error})", file=sys.stderr)
         return 2
     except (FlashMoeError, OSError) as error:
-        print(f"flashmoe: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"flashmoe: {one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -19,6 +19,7 @@ from . import (
     cli_routing,
     cli_trace,
 )
+from .errors import one_line
 
 REDUCED = Path(__file__).parents[1] / "data" / "reduced"  # only in a clone
 
@@ -109,7 +110,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
-        self.exit(2, f"flashmoe: {message}; see '{self.prog} --help'\n")
+        self.exit(2, f"flashmoe: {one_line(message)}; see '{self.prog} --help'\n")
 
 
 def build_parser() -> Parser:

@@ -7,6 +7,14 @@ The command line prints it after ``flashmoe:`` and exits with 2, without a trace
 SHOWN_START, SHOWN_END = 500, 200  # characters of a message that is too long
 
 
+def one_line(text: str) -> str:
+    """The text in one line; of a very long one the start and the end."""
+    text = " ".join(text.split())
+    if len(text) <= SHOWN_START + SHOWN_END:
+        return text
+    return f"{text[:SHOWN_START]} ... {text[-SHOWN_END:]}"
+
+
 class FlashMoeError(Exception):
     """Base of all errors raised on purpose by this package.
 
@@ -14,11 +22,8 @@ class FlashMoeError(Exception):
     """
 
     def __str__(self) -> str:
-        """One line; of a very long one the start and the end."""
-        text = " ".join(super().__str__().split())
-        if len(text) <= SHOWN_START + SHOWN_END:
-            return text
-        return f"{text[:SHOWN_START]} ... {text[-SHOWN_END:]}"
+        """One line, as `one_line` makes it."""
+        return one_line(super().__str__())
 
 
 class ConfigError(FlashMoeError, ValueError):

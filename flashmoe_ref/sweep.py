@@ -28,7 +28,7 @@ from .errors import ConfigError, PackError
 from .headers import read_header
 from .measures import Baseline, Tasks, make_baseline, measure
 from .requantize import requantize
-from .settings import Setting, check_experts, from_row
+from .settings import COLUMNS, Setting, check_experts, from_row
 from .small_files import decode, parse_json, parse_table, read_bytes
 from .structured_runs import Outcome, as_record
 
@@ -178,10 +178,10 @@ def _finished(table: Path, given: dict[str, object]) -> set[Setting]:
 
     Raises: ConfigError if its rows are of another model or of other tasks.
     """
-    rows = read_table(table)
-    if table.exists():
-        whole = table.read_bytes()
-        os.truncate(table, whole.rfind(b"\n") + 1 if rows else 0)
+    rows, data = read_table(table), read_bytes(table, ConfigError) or b""
+    head = ",".join(COLUMNS).encode()  # or its start, if a first row was cut off
+    if data[: len(head)] != head[: len(data)]:
+        raise ConfigError(f"{table}: is no table of a sweep; give another file")
     for row in rows:
         for name in DECIDING:
             if row.get(name) != str(given[name]):
@@ -190,9 +190,12 @@ def _finished(table: Path, given: dict[str, object]) -> set[Setting]:
                     f"{str(given[name])!r}; give another file"
                 )
     try:
-        return {from_row(row) for row in rows}
+        done = {from_row(row) for row in rows}
     except ConfigError as error:
         raise ConfigError(f"{table}: {error}") from None
+    if data:  # after all else: no other file is ever cut
+        os.truncate(table, data.rfind(b"\n") + 1 if rows else 0)
+    return done
 
 
 # --- wrong answers --------------------------------------------------------------------

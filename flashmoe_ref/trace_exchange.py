@@ -25,6 +25,7 @@ from .writing import new_file
 
 COLUMNS = ("token", "layer", "expert", "weight")
 MICROSECONDS = 1e6
+LONGEST_LINE = 1_000_000  # bytes
 LARGEST = {"token": 2**31 - 1, "layer": 32_767, "expert": 32_767}
 
 # --- tables ---------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def read_csv(path: str | Path, n_experts: int | None = None) -> Trace:
             f"{n_experts} experts of a layer: give 1 to {LARGEST['expert'] + 1}"
         )
     try:
-        size_of_file(path, TraceError)
+        _check_start(path)
         found = _load(path)
         if found is None or _fault(found[0], n_experts):
             found = _parse(path, n_experts)  # slowly: it knows the lines
@@ -69,6 +70,15 @@ def read_csv(path: str | Path, n_experts: int | None = None) -> Trace:
     if weights is not None:
         trace.weights = weights[order].reshape(shape).astype(np.float16)
     return trace
+
+
+def _check_start(path: Path) -> None:
+    """Readers take a line as a whole, and one may have all bytes of a large file."""
+    n_bytes = size_of_file(path, TraceError)
+    with open(path, "rb") as file:
+        start = file.read(LONGEST_LINE)
+    if b"\0" in start or (len(start) < n_bytes and b"\n" not in start):
+        raise TraceError(f"{path}: not a CSV file (it has no lines of text)")
 
 
 def _steps(n_tokens: int) -> np.ndarray:

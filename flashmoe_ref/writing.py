@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint
 from .config import read_json
 from .errors import CheckpointError, FlashMoeError, PackError
 from .headers import TensorInfo
+from .small_files import read_text
 
 PARTIAL_SUFFIX = ".partial"
 DIGEST_SUFFIX = ".sha256"
@@ -123,10 +124,11 @@ def read_digests(path: Path) -> dict[str, str] | None:
     Raises: PackError if the list cannot be understood.
     """
     where = digest_path(path)
-    if not where.exists():
+    text = read_text(where, PackError)
+    if text is None:
         return None
-    digests = {}
-    for line in where.read_text(encoding="utf-8", errors="replace").splitlines():
+    digests: dict[str, str] = {}
+    for line in text.splitlines() or [""]:  # an empty list checks nothing: damaged
         digest, _, name = line.partition("  ")
         if len(digest) != 64 or not name or name in digests:
             raise PackError(f"{where}: is damaged; delete it, or make the files again")
