@@ -371,12 +371,19 @@ def _add_width_options(parser: Parser, what: str) -> None:
 def _add_file_options(parser: Parser) -> None:
     parser.add_argument(
         "--shard-mb",
-        type=float,
+        type=_megabytes,
         default=5000.0,
         metavar="N",
         help="largest size of a file, in MB of a million bytes (default: 5000)",
     )
     _add_progress_option(parser)
+
+
+def _megabytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not within 0..1e9")
+    return value
 
 
 def _add_progress_option(parser: Parser) -> None:

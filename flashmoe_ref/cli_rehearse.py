@@ -32,6 +32,7 @@ noise. As many layers get files of their own as the budget allows; the others sh
 them, so reads go past the page cache unless you say --page-cache. Routing imitates the
 published locality of the 397B (--routing published), is left to the random router
 (random), or comes from a trace of the real model (a file)."""
+MOST_TOKENS, MOST_THREADS = 100_000, 1024
 WRITE_PROBE_BYTES = 64 << 20
 
 
@@ -95,9 +96,14 @@ def run(args: Namespace, say: Callable[[str], None]) -> None:
 
 
 def _check(args: Namespace) -> None:
-    for name, low in (("tokens", 1), ("warm_tokens", 0), ("prompt", 1), ("threads", 1)):
-        if getattr(args, name) < low:
-            raise ConfigError(f"--{name.replace('_', '-')}: give {low} or more")
+    for name, low, high in (
+        ("tokens", 1, MOST_TOKENS),
+        ("warm_tokens", 0, MOST_TOKENS),
+        ("prompt", 1, MOST_TOKENS),
+        ("threads", 1, MOST_THREADS),
+    ):
+        if not low <= getattr(args, name) <= high:
+            raise ConfigError(f"--{name.replace('_', '-')}: give {low} to {high:,}")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise ConfigError(f"--json {args.json}: there is no such folder")
     if not args.keep and not args.dir.is_dir():

@@ -31,10 +31,12 @@ def _measured_scale(args: Namespace, model_dir: str):
     from .calibrate import calibrate_output_scale
     from .engine import load
     from .errors import ConfigError
+    from .small_files import read_text
 
     if args.k is None or args.mass is not None:
         raise ConfigError("--calibrate measures for one --k: give it, without --mass")
-    text = args.calibrate.read_text(encoding="utf-8")
+    if (text := read_text(args.calibrate, ConfigError)) is None:
+        raise ConfigError(f"--calibrate {args.calibrate}: no such file")
     compiled = not args.no_compile
     with load(model_dir, args.engine, args.experts, compiled=compiled) as model:
         ids = model.tokenizer.encode(text)

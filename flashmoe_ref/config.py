@@ -6,6 +6,7 @@ tower and the multi-token-prediction head are left out. `accounting.py` counts.
 *Taught in notebooks/04.*
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -176,7 +177,7 @@ def _read_tied(raw: dict, text: dict, where: str) -> bool:
 
 def _number(source: dict, name: str, where: str, default: float | None = None) -> float:
     value = source.get(name, default)
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"{where}: {name} must be a positive number, got {value!r}")
     return float(value)
 

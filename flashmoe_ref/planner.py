@@ -182,7 +182,9 @@ def hit_rate(fraction: Values, working_set: Values, scale: float) -> Values:
     much, and at fraction 1 everything is a hit. scale is where it bends.
     Source: fitted to published curves, `data/published_hits.csv`.
     """
-    beyond = np.clip((fraction - working_set) / (1 - working_set), 0.0, 1.0)
+    rest = np.maximum(1 - working_set, 1e-9)  # 0 where a token uses all experts
+    beyond = np.where(fraction >= 1, 1.0, (fraction - working_set) / rest)
+    beyond = np.clip(beyond, 0.0, 1.0)
     return np.log1p(beyond / scale) / np.log1p(1 / scale)
 
 

@@ -41,6 +41,8 @@ SAMPLE_BYTES = 64  # read at the start and in the middle of every tensor
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing; it appears under its name when all of it is on disk."""
+    if not path.name:
+        raise PackError(f"{str(path)!r} names no file; give it a name")
     partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     try:
         with open(partial, "wb") as file:

@@ -71,7 +71,7 @@ def check_config(config: ModelConfig, text: str) -> None:
     assert all(type(i) is int and i >= 0 for i in config.eos_token_ids)
 
 
-@inputs({"config.json": 2500})
+@inputs({"config.json": 1500})
 def test_config(whole: Path, tmp_path: Path, kind: str, n: int) -> None:
     folder = linked(whole, tmp_path / "m", CONFIG)
     expected = Checkpoint.open(whole)
@@ -108,7 +108,7 @@ def test_flat_config(tmp_path: Path, kind: str, n: int) -> None:
     assert n_read > n / 50 and n_refused > n / 4
 
 
-@inputs({"quantization overrides": 1500})
+@inputs({"quantization overrides": 1000})
 def test_overrides(whole: Path, tmp_path: Path, kind: str, n: int) -> None:
     folder = linked(whole, tmp_path / "m", CONFIG)
     expected = Checkpoint.open(whole)

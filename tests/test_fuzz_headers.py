@@ -99,7 +99,7 @@ def test_headers(tmp_path: Path, kind: str, n: int) -> None:
     assert n_read > n / 100 and n_refused > n / 2
 
 
-@inputs({"safetensors header (sizes)": 2000})
+@inputs({"safetensors header (sizes)": 1500})
 def test_sizes(tmp_path: Path, kind: str, n: int) -> None:
     def read(data: bytes) -> None:
         check_like_the_library(tmp_path, data)

@@ -127,7 +127,7 @@ def test_kept_files_are_used_again(
         (["--disk-budget", "1MB"], "give at least"),
         (["--disk-budget", "40 apples"], "40 apples"),
         (["--disk-budget", "51MB", "--k", "99"], "outside 1.."),
-        (["--disk-budget", "51MB", "--tokens", "0"], "--tokens: give 1 or more"),
+        (["--disk-budget", "51MB", "--tokens", "0"], "--tokens: give 1 to 100,000"),
         (["--disk-budget", "51MB", "--routing", "no.npz"], "no.npz"),
         (["--disk-budget", "51MB", "--dir", "/no/such"], "no such folder"),
         (["--disk-budget", "51MB", "--json", "/no/such/f"], "no such folder"),
