@@ -176,6 +176,12 @@ BAD_HEADERS = {
     "dtype is a list": {"a": GOOD | {"dtype": ["F32"]}},
     "shape is negative": {"a": GOOD | {"shape": [-4]}},
     "shape is huge": {"a": GOOD | {"shape": [1 << 62, 1 << 62]}},
+    "shape is huge but empty": {"a": GOOD | {"shape": [1 << 40, 1 << 40, 0]}},
+    "shape has too many axes": {"a": GOOD | {"shape": [1] * 64 + [4]}},
+    "size is minus zero": b'{"a": {"dtype": "F32", "shape": [4], '
+    b'"data_offsets": [-0, 16]}}',
+    "number of 5000 digits": b'{"a": %s}' % (b"9" * 5000),
+    "half a character": b'{"\\ud800": %s}' % json.dumps(GOOD).encode(),
     "shape is a float": {"a": GOOD | {"shape": [4.0]}},
     "shape is true": {"a": GOOD | {"shape": [True]}},
     "offsets go back": {"a": GOOD | {"data_offsets": [16, 0]}},
@@ -199,7 +205,7 @@ def test_bad_headers(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", BAD_HEADERS)
 def test_the_safetensors_library_refuses_them_too(tmp_path, kind):
-    if kind == "shape is true":
+    if kind in ("shape is true", "shape has too many axes"):
         pytest.skip("we are stricter here")
     path = tmp_path / FILE
     write_header(path, BAD_HEADERS[kind])
@@ -320,3 +326,17 @@ def test_duplicate_tensor_in_two_files(sharded):
     first = sharded / "model-00001-of-00003.safetensors"
     (sharded / "copy.safetensors").write_bytes(first.read_bytes())
     refused(sharded, "is also in")
+
+
+def test_an_index_names_files_that_can_be(sharded):
+    for name in ("x" * 300, "..", "a/b.safetensors", "a\nb.safetensors", "\0"):
+        index = json.loads((sharded / INDEX_NAME).read_text())
+        index["weight_map"]["mtp.x"] = name
+        (sharded / INDEX_NAME).write_text(json.dumps(index))
+        refused(sharded, "is in no plain file")
+
+
+def test_an_index_that_is_a_broken_link_is_not_taken_for_none(sharded):
+    (sharded / INDEX_NAME).unlink()
+    (sharded / INDEX_NAME).symlink_to(sharded / INDEX_NAME)
+    refused(sharded, INDEX_NAME, "cannot be read")

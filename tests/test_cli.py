@@ -392,6 +392,12 @@ OPTIONS = {
     "no such tools": ["chat", "--model", MODEL, "--tools", "no/such.json"],
     "tools are a folder": ["chat", "--model", MODEL, "--tools", "tests"],
     "tools are not JSON": ["chat", "--model", MODEL, "--tools", "LICENSE"],
+    "no calibration": [
+        *("generate", "Hi", "--model", MODEL, "--k", "1", "--calibrate", "no.txt")
+    ],
+    "a shard of nothing": ["convert", MODEL, "/tmp/never", "--shard-mb", "nan"],
+    "a shard of all": ["convert", MODEL, "/tmp/never", "--shard-mb", "inf"],
+    "a number of 5000 digits": ["info", "--k", "9" * 5000],
     "thinking maybe": ["chat", "--model", MODEL, "--thinking", "maybe"],
     "unknown preset": ["info", "qwen9-1b"],
     "preset of 7 bits": ["info", "qwen3.5-397b-a17b", "--bits", "7"],
@@ -442,6 +448,13 @@ TOOLS_FILES = {
     "no name": [{"type": "function", "function": {}}],
     "a number as name": [{"name": 3}],
     "no function": [{"type": "function", "function": None}],
+    "parameters are a list": [{"name": "a", "parameters": [1]}],
+    "a type is a number": [
+        {"name": "a", "parameters": {"properties": {"b": {"type": 3}}}}
+    ],
+    "a choice is none": [
+        {"name": "a", "parameters": {"properties": {"b": {"oneOf": 1}}}}
+    ],
 }
 
 

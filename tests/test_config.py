@@ -73,6 +73,12 @@ def test_bad_sizes_name_their_field(field, value):
         {"layer_types": ["full_attention"] * 3 + ["sliding"]},
         {"rms_norm_eps": 0},
         {"eos_token_id": "x"},
+        {"num_hidden_layers": 10**12},  # would fill the memory
+        {"num_experts": 10**6},
+        {"hidden_size": 10**400},
+        {"rms_norm_eps": 10**400},
+        {"tie_word_embeddings": "false"},  # which is true, for Python
+        {"tie_word_embeddings": 0},
         {"rope_parameters": []},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7}},
         {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 1.5}},
@@ -88,7 +94,12 @@ def test_reading_a_file_names_the_file(tmp_path):
     file = tmp_path / "config.json"
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
         ModelConfig.from_json(file)
-    for text in ("", "{", "[1]", '{"model_type": "qwen3_5_moe"}', "[" * 100_000):
+    for text in (
+        *("", "{", "[1]", '{"model_type": "qwen3_5_moe"}', "[" * 100_000),
+        '{"a": ' + "9" * 5000 + "}",  # more than int() takes
+        '{"a": 1, "a": 2}',
+        '{"a": "\\ud800"}',
+    ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=r"config\.json"):
             ModelConfig.from_json(file)

@@ -188,6 +188,8 @@ def test_packs_layers_of_different_formats(tmp_path):
         {"formats": [1, 2]},
         {"num_layers": 3},
         {"num_layers": "4"},
+        {"num_layers": 10**12},
+        {"format": 3},
     ],
 )
 def test_a_damaged_layout_by_layers_is_one_clear_error(mixed_packed, change):
@@ -359,3 +361,40 @@ def test_flash_moe_layout_without_our_keys_is_verified(model):
     assert verify(folder, progress=False).n_unchecked == N_LAYERS
     with pytest.raises(PackError, match="differ"):
         pack(model, progress=False)  # not ours to go on with
+
+
+def components(layout, **changes):
+    """The layout with another first pair of words and scales."""
+    first, second, *rest = layout["components"]
+    return layout | {"components": [first, second | changes, *rest]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layout: layout | {"bits": 8},
+        lambda layout: layout | {"group_size": [32, 32, 64]},
+        lambda layout: layout | {"format": 3},
+        lambda layout: components(layout, shape=[64, 4]),
+        lambda layout: components(layout, dtype="I16"),  # read as numbers, not scales
+        lambda layout: components(layout, dtype=["BF16"]),
+        lambda layout: components(layout, name=["up_proj.scales"]),
+    ],
+)
+def test_a_layout_that_contradicts_itself_is_refused(model, change):
+    path = model / "packed_experts" / "layout.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(CheckpointError, match=r"layout\.json"):
+        packed_experts(path.parent, Checkpoint.open(model).config)
+
+
+def test_an_empty_list_of_digests_is_damaged(model):
+    path = model / "packed_experts" / "layer_00.bin.sha256"
+    path.write_text("")
+    with pytest.raises(PackError, match=r"layer_00\.bin\.sha256: is damaged"):
+        verify(path.parent, progress=False)
+
+
+def test_a_file_must_have_a_name():
+    with pytest.raises(PackError, match="names no file"):
+        writing.write_small(Path(), b"")

@@ -308,3 +308,48 @@ def test_a_probe_s_figures_are_taken(tmp_path):
     assert found.copy_gb_s == 8.0
     sizes = sizes_of_preset("qwen3.5-35b-a3b")
     assert predict(run_of(sizes, found)).tok_s < 4.4 / (sizes.read_bytes / 1e9)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"memory_gb_s": {"1 thread": "9"}},
+        {"memory_gb_s": {"1 thread": float("nan")}},
+        {"matvec_gb_s": {"numpy": [1]}},
+        {"disk": {"rates": [{"mode": "cold", "n_bytes": 1, "depth": 1}]}},
+        {"disk": {"rates": [{"mode": "cold", "n_bytes": 1, "depth": True}]}},
+    ],
+)
+def test_a_probe_with_other_than_rates_is_refused(tmp_path, change):
+    raw = {"memory_gb_s": {"1 thread": 9.0}, "matvec_gb_s": {}, "disk": None} | change
+    (tmp_path / "probe.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=r"probe\.json: is no file of 'flashmoe pro"):
+        with_probe(machine("pc-24"), tmp_path / "probe.json")
+
+
+def test_quantities_beyond_all_machines_are_refused():
+    with pytest.raises(ConfigError, match="more than 0 and below"):
+        machine("pc-" + "9" * 400)
+    with pytest.raises(ConfigError, match="no quantity"):
+        parse_quantity("9" * 400 + "GB", "GB")
+
+
+def test_hits_where_a_token_uses_all_experts():
+    assert hit_rate(1.0, 1.0, 0.01) == pytest.approx(1)
+    assert hit_rate(0.5, 1.0, 0.01) == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "text"), [("tok_s", "nan"), ("tok_s", "0"), ("k", "ten"), ("chip", "?")]
+)
+def test_a_published_row_with_a_figure_that_is_none(tmp_path, column, text):
+    for name in ("published.csv", "published_models.csv"):
+        (tmp_path / name).write_text((planner_fit.DATA / name).read_text("utf-8"))
+    rows = planner_fit.read_rows("published.csv", tmp_path)
+    row = next(r for r in rows if r["use"] == "yes" and not r["memory_gb_s"]) | {
+        column: text
+    }
+    lines = [",".join(row), ",".join(f'"{value}"' for value in row.values())]
+    (tmp_path / "published.csv").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"published\.csv, row 1"):
+        read_published(tmp_path)

@@ -19,6 +19,7 @@ from flashmoe_ref.flash_model import (
     trunk_of,
     write_trunk,
 )
+from flashmoe_ref.headers import read_header
 from flashmoe_ref.layers import rms_norm
 from flashmoe_ref.neuron_store import (
     NeuronReader,
@@ -374,6 +375,9 @@ def test_files_of_weights(tmp_path: Path, model: ReluModel) -> None:
     np.testing.assert_array_equal(p.choose(0, x, x), chances > 0.3)
     with pytest.raises(CheckpointError, match="no tensor 'z'"):
         read_rounded({}, "z")
+    infos = read_header(tmp_path / "predictors.safetensors")
+    with pytest.raises(CheckpointError, match=r"config\.json gives \(16, 4\)"):
+        read_rounded(infos, "previous.0.a", (16, 4))
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))
     with pytest.raises(ConfigError, match="not the config of a ReLU model"):
         ReluConfig.from_json(tmp_path / "config.json")

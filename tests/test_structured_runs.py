@@ -218,6 +218,12 @@ def test_files_that_are_no_sets(tmp_path):
         ("{", "line 2: not valid JSON"),
         ('{"id": 1}', "line 2: not a prompt"),
         (good.replace("json", "xml"), "kind 'xml' is not one of tool, json"),
+        (good.replace('"json"', "[]"), r"kind \[\] is not one of"),
+        (good.replace("[]", "7"), "messages must be a list"),
+        (good.replace("[]", "[7]"), "messages must be a list of JSON objects"),
+        (good.replace("json", "tool"), "wanted must be a list"),
+        (good[:-1] + ', "tools": [{}]}', "a tool has no name"),
+        ("9" * 5000, "line 2: not valid JSON"),
     ):
         path.write_text(f"{good}\n{bad}\n")
         with pytest.raises(ConfigError, match=words):

@@ -15,6 +15,7 @@ from flashmoe_ref.estimate import estimate, in_words
 from flashmoe_ref.measures import Tasks
 from flashmoe_ref.settings import COLUMNS, Setting, from_row, read_settings
 from flashmoe_ref.sweep import (
+    _forget_failures,
     append_row,
     failures_file,
     fingerprint,
@@ -70,8 +71,12 @@ def test_settings_that_cannot_be_meant(tmp_path: Path) -> None:
         ("k,speed\n4,1\n", "must name columns"),
         ("k\nfour\n", "row 1: column k: 'four' is no number"),
         ("k\n", "holds no settings"),
+        ("k,bits\n4\n", "line 2 has not the 2 fields"),
+        ("k,k\n4,5\n", "a column stands twice"),
+        ('k\n"4\n', "not a CSV file"),
+        ("\udcff", "not UTF-8 text"),
     ):
-        path.write_text(text)
+        path.write_text(text, "utf-8", "surrogateescape")
         with pytest.raises(ConfigError, match=message):
             read_settings(path)
 
@@ -96,6 +101,35 @@ def test_half_a_row_is_no_row(tmp_path: Path) -> None:
     assert read_table(table)[0]["text"] == 'a "quoted", one'
     with pytest.raises(ConfigError, match=r"other columns \(bits, text\)"):
         append_row(table, {"k": 3, "bits": 2})
+
+
+def test_a_character_cut_in_half_is_half_a_row(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_bytes("k,model\n4,é\n3,é".encode()[:-1])
+    assert read_table(table) == [{"k": "4", "model": "é"}]
+
+
+@pytest.mark.parametrize("content", ["one line", "a,b\n1,2\nno end", "k\n1\n"])
+def test_a_file_that_is_no_table_is_left_alone(
+    tasks: Tasks, tmp_path: Path, content: str
+) -> None:
+    """Not cut to whole lines either, as a table of ours would be."""
+    table = tmp_path / "notes.csv"
+    table.write_text(content)
+    with pytest.raises(ConfigError, match="no table of a sweep"):
+        sweep(REDUCED, [Setting()], tasks, table, progress=False)
+    assert table.read_text() == content
+
+
+def test_wrong_answers_may_hold_any_character(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    lines = [
+        json.dumps({"setting": name, "text": "a\u2028b\x85c"}, ensure_ascii=False)
+        for name in ("K=2", "K=3")
+    ]
+    failures_file(table).write_text("\n".join(lines) + '\n{"cut', "utf-8")
+    _forget_failures(table, {Setting(k=3)})
+    assert failures_file(table).read_text("utf-8") == lines[1] + "\n"
 
 
 def _comparable(table: Path) -> list[dict[str, str]]:

@@ -410,6 +410,8 @@ def test_the_template_may_be_in_tokenizer_config(folder, template, prompt):
         ("{{ 1 / 0 }}", "refused .* division by zero"),
         ("{{ messages[0].__class__.__mro__ }}", "refused .* unsafe"),
         ("{{ messages.append(1) }}", "refused .* unsafe"),
+        ("{{ " + "[" * 500, "invalid chat template: .* recursion"),
+        ("{{ " + "9" * 5000 + " }}", "invalid chat template: .*4300 digits"),
     ],
 )
 def test_a_bad_template_is_one_clear_line(folder, template, complaint):
@@ -438,6 +440,9 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("generation_config.json", '{"eos_token_id": [true]}', "an id or a list"),
         ("generation_config.json", '{"temperature": "hot"}', "must be int or float"),
         ("generation_config.json", '{"top_k": 2.5}', "must be int"),
+        ("generation_config.json", '{"top_p": NaN}', "top_p is nan"),
+        ("generation_config.json", '{"top_k": ' + "9" * 5000 + "}", "not valid JSON"),
+        ("generation_config.json", '{"top_k": 1, "top_k": 2}', "'top_k' appears twice"),
         ("config.json", LFS, "Git-LFS pointer"),
         (
             "config.json",
@@ -447,6 +452,8 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("tokenizer_config.json", b"\xff\xfe", "not UTF-8"),
         ("tokenizer_config.json", '{"eos_token": "</s>"}', "'</s>' is not in"),
         ("tokenizer_config.json", '{"chat_template": 7}', "neither text nor"),
+        ("tokenizer_config.json", '{"eos_token": "\\ud800"}', "not valid JSON"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": []}]}', "neither text"),
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "neither text"),
         ("chat_template.jinja", LFS, "Git-LFS pointer"),
     ],
@@ -532,3 +539,14 @@ def test_qwen_chat(qwen):
     assert qwen.encode(text) == want
     prompt = qwen.apply_chat_template(CHAT, TOOLS)
     assert qwen.encode_chat(CHAT, TOOLS) == qwen.encode(prompt)
+
+
+def test_a_vocabulary_may_leave_numbers_out(folder):
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    words = raw["model"]["vocab"]
+    last = max(words, key=words.get)
+    words[last] += 1000
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer.from_dir(folder)
+    assert tokenizer.n_real_ids == words[last] + 1
+    assert tokenizer.token_bytes(words[last])

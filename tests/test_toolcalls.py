@@ -289,3 +289,12 @@ def test_a_value_that_is_not_json_is_refused():
     for value in (math.nan, {1, 2}):
         with pytest.raises(TokenizerError, match="is not JSON"):
             format_tool_call("f", {"x": value})
+
+
+def test_the_error_of_a_call_stays_short():
+    name = "x" * 500
+    parameters = f"<parameter={name}>\n1\n</parameter>\n" * 200
+    _, [call] = parse_tool_calls(
+        f"<tool_call>\n<function=f>\n{parameters}</function>\n</tool_call>"
+    )
+    assert call.error.endswith("and 194 more faults") and len(call.error) < 500

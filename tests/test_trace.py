@@ -313,6 +313,14 @@ FAULTS = {
     "a span's end": ({"spans": np.array([(1, 0, 0, 2, 1)], SPAN)}, "before they start"),
     "a read's layer": ({"reads": np.array([(0, 2, 0, 0, 0, 0, 1)], READ)}, "layer out"),
     "a read's expert": ({"reads": np.array([(0, 1, 4, 0, 0, 0, 1)], READ)}, "expert o"),
+    "n_experts beyond all": ({"n_experts": np.array(2**40)}, "can be told"),
+    "about is too deep": ({"about": np.array("[" * 100_000)}, "not valid JSON"),
+    "about has no mode": (
+        {"about": np.array('{"mode": 1}')},
+        "with a mode",
+    ),
+    "a weight is none": ({"weights": np.full((3, 2, 2), np.nan, "f2")}, "no number"),
+    "endless": ({"spans": np.array([(1, 0, 0, 0, np.inf)], SPAN)}, "before they start"),
     "pickles": ({"ids": np.array([{}], object)}, "damaged"),
 }
 
@@ -348,6 +356,25 @@ def test_what_is_no_trace_is_refused(tmp_path):
         file.write_bytes(whole[:n])
         with pytest.raises(TraceError, match="damaged"):
             Trace.load(file)
+
+
+def test_no_memory_is_taken_for_what_an_array_only_claims(tmp_path):
+    file = tmp_path / "t.npz"
+    by_hand().save(file)
+    arrays = dict(np.load(file))
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as out:
+                np.lib.format.write_array(out, array)
+        with archive.open("reads.npy", "w") as out:
+            claim = {"descr": READ.descr, "fortran_order": False, "shape": (10**12,)}
+            np.lib.format.write_array_header_1_0(out, claim)
+    with pytest.raises(TraceError, match=r"reads\.npy claims more than it holds"):
+        Trace.load(file)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("version.npy", bytes(200_000_000))
+    with pytest.raises(TraceError, match="unpacks to more than a trace would"):
+        Trace.load(file)
 
 
 def test_flipped_bytes_are_found(tmp_path):
@@ -488,6 +515,8 @@ def test_what_is_no_table_is_refused(tmp_path):
         read_csv(tmp_path / "t.csv")
     with pytest.raises(TraceError, match="No such file"):
         read_csv(tmp_path / "none.csv")
+    with pytest.raises(TraceError, match="give 1 to 32768"):  # saved, it would pickle
+        read_csv(tmp_path / "t.csv", n_experts=10**30)
 
 
 # --- timelines ------------------------------------------------------------------------
