@@ -9,6 +9,7 @@ import json
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .errors import ConfigError
@@ -152,25 +153,29 @@ def _set(name: str) -> Path | None:
 
 
 def readable(rows: list[dict[str, str]]) -> str:
-    """The table in words of `EXAMPLES`, one line a setting."""
+    """The table in words of `EXAMPLES`, one line a setting.
+
+    Raises: ConfigError naming the column of a figure that is none.
+    """
     from .settings import from_row
+    from .small_files import number
 
     kinds = [c.removesuffix("_parses") for c in rows[0] if c.endswith("_parses")]
     lines = [[*COLUMNS[:5], *kinds, COLUMNS[5]]]
     for row in rows:
-        cost, low, high = (float(row[f"cost_{n}"]) for n in ("nats", "low", "high"))
+        value = partial(number, row, kind=ConfigError)
+        cost, low, high = (value(f"cost_{n}") for n in ("nats", "low", "high"))
         cells = [
             from_row(row).name,
-            f"{float(row['bytes_per_token']) / 1e6:.2f}",
-            f"{float(row['bits_per_byte']):.3f}",
+            f"{value('bytes_per_token') / 1e6:.2f}",
+            f"{value('bits_per_byte'):.3f}",
             f"{cost:+.3f} ({low:+.3f} to {high:+.3f})",
-            f"{float(row['agreement']):.0%}",
+            f"{value('agreement'):.0%}",
         ]
         cells += [
-            f"{float(row[f'{k}_parses']):.0%} / {float(row[f'{k}_right']):.0%}"
-            for k in kinds
+            f"{value(f'{k}_parses'):.0%} / {value(f'{k}_right'):.0%}" for k in kinds
         ]
-        lines.append([*cells, row["tok_s"]])
+        lines.append([*cells, row.get("tok_s", "")])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in pairs)

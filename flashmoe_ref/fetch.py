@@ -26,6 +26,7 @@ from .config import ModelConfig
 from .errors import ConfigError, FetchError
 from .hub import RemoteFile, Repository, Stopped, open_repository, told_in_one_line
 from .naming import canonical_name
+from .small_files import decode, parse_json
 from .writing import LOCK_NAME, PARTIAL_SUFFIX, progress_bar, write_small
 
 RECORD_NAME = ".flashmoe_fetch.json"  # in a folder of our own: what it is a copy of
@@ -172,10 +173,9 @@ def _checked_config(repository: Repository) -> ModelConfig:
 
 
 def _read_json(repository: Repository, name: str) -> dict:
-    try:
-        found = json.loads(repository.read(name))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise FetchError(f"{repository.name}/{name}: is not valid JSON") from None
+    where = f"{repository.name}/{name}"
+    text = decode(repository.read(name), where, FetchError)
+    found = parse_json(text, where, FetchError)
     if not isinstance(found, dict):
         raise FetchError(f"{repository.name}/{name}: must hold a JSON object")
     return found
@@ -228,7 +228,7 @@ def _check_same(folder: Path, repository: Repository) -> None:
         return
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = None
     if found != _record(repository):
         raise FetchError(

@@ -410,8 +410,8 @@ def test_the_template_may_be_in_tokenizer_config(folder, template, prompt):
         ("{{ 1 / 0 }}", "refused .* division by zero"),
         ("{{ messages[0].__class__.__mro__ }}", "refused .* unsafe"),
         ("{{ messages.append(1) }}", "refused .* unsafe"),
-        ("{{ " + "[" * 500, "invalid chat template: .* recursion"),
-        ("{{ " + "9" * 5000 + " }}", "invalid chat template: .*4300 digits"),
+        ("{{ " + "[" * 500, "recursion"),
+        ("{{ " + "9" * 5000 + " }}", "4300 digits"),
     ],
 )
 def test_a_bad_template_is_one_clear_line(folder, template, complaint):
