@@ -7,6 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# An example has no time limit: other processes take the core for longer than that.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = ("qwen35_fused", "qwen35_per_expert", "qwen3_next")
@@ -74,8 +79,8 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": END}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    names = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
 
 
 @pytest.fixture(scope="session")
