@@ -8,6 +8,7 @@ settings, tokens a second beside the limit of its bytes, and milliseconds by par
 
 import csv
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from html import escape
 from pathlib import Path
 
@@ -98,17 +99,24 @@ def draw_times(rows: Sequence[Row], title: str, ax: Axes | None = None) -> Axes:
 
 def side_by_side(left: str, right: str, names: tuple[str, str]) -> str:
     """Two texts as an HTML table; what differs is bold. Every character is shown."""
-    lines = [text.strip("\n").splitlines() for text in (left, right)]
-    n = max(map(len, lines))
-    rows = zip(*(text + [""] * (n - len(text)) for text in lines), strict=True)
-    cells = [[], []]
-    for pair in rows:
-        for column, line in zip(cells, pair, strict=True):
-            shown = escape(line)
-            column.append(shown if pair[0] == pair[1] else f"<b>{shown}</b>")
-    heads = "".join(f"<th>{escape(name)}</th>" for name in names)
+    lines = (text.strip("\n").splitlines() for text in (left, right))
+    columns: list[list[str]] = [[], []]
+    for is_equal, *blocks in _blocks(*lines):
+        n = max(map(len, blocks))
+        for column, block in zip(columns, blocks, strict=True):
+            shown = [escape(line) for line in block] + [""] * (n - len(block))
+            column += shown if is_equal else [f"<b>{line}</b>" for line in shown]
     style = "text-align: left; vertical-align: top"
+    small = "font-size: 80%; line-height: 1.3"
+    heads = "".join(f'<th style="{style}">{escape(name)}</th>' for name in names)
     bodies = "".join(
-        f'<td style="{style}"><pre>{"<br>".join(column)}</pre></td>' for column in cells
+        f'<td style="{style}"><pre style="{small}">{"<br>".join(column)}</pre></td>'
+        for column in columns
     )
     return f"<table><tr>{heads}</tr><tr>{bodies}</tr></table>"
+
+
+def _blocks(a: list[str], b: list[str]) -> list[tuple[bool, list[str], list[str]]]:
+    """Runs of lines that are equal, or are not, from both texts."""
+    found = SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    return [(tag == "equal", a[i:j], b[k:m]) for tag, i, j, k, m in found]
