@@ -1,6 +1,7 @@
 """Policy for notebooks as tests. Their kernels inherit this process's environment."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -30,6 +31,10 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     temporary = Path(tempfile.gettempdir(), f"flashmoe-tests-{os.getuid()}-{worker}")
     temporary.mkdir(exist_ok=True)
     os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
+
+# A script that runs the tests in its background lets them, and what they start, ignore
+# Control-C, which some of them are about.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 times = NotebookTimes()
 tried: Counter[str] = Counter()  # see tests/tally.py
