@@ -20,6 +20,7 @@ GATE_BITS, GATE_GROUP_SIZE = 8, 64
 def converted_config(checkpoint: Checkpoint, raw: dict) -> dict:
     """A config.json that says in mlx-lm's terms what the source's says.
 
+    Raises: ConfigError if the result could not be read, for the stop ids beside it.
     Source: mlx-lm `save_config`, and `ModelArgs` of the two models.
     """
     config = checkpoint.config
@@ -33,6 +34,7 @@ def converted_config(checkpoint: Checkpoint, raw: dict) -> dict:
     generation = checkpoint.path / "generation_config.json"
     if generation.exists() and (stops := read_json(generation).get("eos_token_id")):
         raw["eos_token_id"] = stops
+        ModelConfig.from_dict(raw, str(generation))  # refuse what could not be read
     return raw
 
 

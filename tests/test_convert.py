@@ -585,3 +585,13 @@ def test_quantize_is_called_on_the_source_dtype(tmp_path):
     path = f"language_model.model.{name}".replace(".experts.", ".switch_mlp.")
     assert ours[f"{path}.weight"].tobytes() == wanted.weight.tobytes()
     assert ours[f"{path}.scales"].dtype == np.float32
+
+
+def test_stop_ids_that_are_none_are_refused_before_the_work(tmp_path):
+    source = hf_source(tmp_path / "m")
+    (source / "generation_config.json").write_text('{"eos_token_id": [5, "x"]}')
+    with pytest.raises(
+        ConfigError, match=r"generation_config\.json: eos_token_id must"
+    ):
+        convert(source, tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()

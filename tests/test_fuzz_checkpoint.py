@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from mutate import change_bytes, change_json
 from tiny import write_tiny
 
 from flashmoe_ref.checkpoint import FLOATS, INDEX_NAME, Checkpoint
-from flashmoe_ref.config import LAYER_TYPES, ModelConfig
+from flashmoe_ref.config import LAYER_TYPES, ModelConfig, read_json
+from flashmoe_ref.errors import ConfigError
 from flashmoe_ref.experts import LAYOUT_NAME, packed_experts
+from flashmoe_ref.mlx_config import converted_config
 from flashmoe_ref.pack import pack
 from flashmoe_ref.verify import verify
 
@@ -106,6 +109,29 @@ def test_flat_config(tmp_path: Path, kind: str, n: int) -> None:
     source = json.dumps(flat).encode()
     n_read, n_refused = survive(kind, n, source, change_json, read, CONFIG)
     assert n_read > n / 50 and n_refused > n / 4
+
+
+@inputs({"config.json (convert)": 600, "generation_config.json (convert)": 300})
+def test_converted_config(tmp_path: Path, kind: str, n: int) -> None:
+    """What `convert` writes for another engine says the same, and can be read."""
+    folder, name = write_tiny(tmp_path / "m", "hf", **SMALL), kind.split()[0]
+    generation = json.dumps({"eos_token_id": [7, 9], "top_k": 3}).encode()
+    (folder / "generation_config.json").write_bytes(generation)
+
+    def read(data: bytes) -> None:
+        (folder / name).write_bytes(data)
+        checkpoint = Checkpoint.open(folder)
+        made = converted_config(checkpoint, read_json(folder / CONFIG))
+        try:
+            found = ModelConfig.from_dict(json.loads(json.dumps(made)))
+        except ConfigError as error:
+            raise AssertionError(f"written, it could not be read: {error}") from error
+        kept = {"model_type": found.model_type, "eos_token_ids": found.eos_token_ids}
+        assert replace(checkpoint.config, **kept) == found
+
+    source = (folder / name).read_bytes()
+    n_read, n_refused = survive(kind, n, source, change_json, read)
+    assert n_read > n / 50 and n_refused > n / 10
 
 
 @inputs({"quantization overrides": 1000})
