@@ -74,7 +74,7 @@ def check_config(config: ModelConfig, text: str) -> None:
     assert all(type(i) is int and i >= 0 for i in config.eos_token_ids)
 
 
-@inputs({"config.json": 1500})
+@inputs({"config.json": 1200})
 def test_config(whole: Path, tmp_path: Path, kind: str, n: int) -> None:
     folder = linked(whole, tmp_path / "m", CONFIG)
     expected = Checkpoint.open(whole)
@@ -95,7 +95,7 @@ def test_config(whole: Path, tmp_path: Path, kind: str, n: int) -> None:
     assert n_read > n / 50 and n_refused > n / 4
 
 
-@inputs({"config.json (flat, alone)": 1500})
+@inputs({"config.json (flat, alone)": 1000})
 def test_flat_config(tmp_path: Path, kind: str, n: int) -> None:
     raw = json.loads((write_tiny(tmp_path / "m", **SMALL) / CONFIG).read_text())
     flat = raw["text_config"] | raw["text_config"].pop("rope_parameters")
@@ -159,7 +159,7 @@ def test_overrides(whole: Path, tmp_path: Path, kind: str, n: int) -> None:
     assert n_read > n / 50 and n_refused > n / 4
 
 
-@inputs({"model.safetensors.index.json": 1500})
+@inputs({"model.safetensors.index.json": 1000})
 def test_index(whole: Path, tmp_path: Path, kind: str, n: int) -> None:
     folder = linked(whole, tmp_path / "m", INDEX_NAME)
     expected = without_file(Checkpoint.open(whole).tensors)
@@ -200,7 +200,7 @@ def layouts() -> dict[str, Callable[[dict], dict]]:
     return {"layout.json": lambda layout: layout, "layout.json by layer": by_layer}
 
 
-@inputs({"layout.json": 2000, "layout.json by layer": 1000})
+@inputs({"layout.json": 1200, "layout.json by layer": 600})
 def test_layout(whole: Path, tmp_path: Path, kind: str, n: int) -> None:
     packed = whole / "packed_experts"
     folder = linked(packed, tmp_path / "packed", LAYOUT_NAME)

@@ -132,7 +132,7 @@ def run(words: list[str]) -> tuple[int, str]:
     return code, err.getvalue()
 
 
-@inputs({"command line": 2500})
+@inputs({"command line": 2000})
 def test_command_lines(place: Path, monkeypatch, kind: str, n: int) -> None:
     kept = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     stamps = {path: path.stat().st_mtime_ns for path in kept}

@@ -99,7 +99,7 @@ def check_picks(folder: Path, data: bytes) -> None:
     assert trace.picks.ravel().tolist() == [pick[2] for pick in picks]
 
 
-N = 400  # of each kind; Hypothesis may repeat some
+N = 250  # of each kind; Hypothesis may repeat some
 GENERATED = {
     "safetensors file (generated)": (headers(), check_like_the_library),
     "routing table (generated)": (tables(), check_picks),

@@ -90,7 +90,7 @@ def check_like_the_library(folder: Path, data: bytes) -> None:
         assert array.tobytes() == bytes(expected["data"])
 
 
-@inputs({"safetensors header (JSON)": 3000})
+@inputs({"safetensors header (JSON)": 2500})
 def test_headers(tmp_path: Path, kind: str, n: int) -> None:
     def read(data: bytes) -> None:
         check_like_the_library(tmp_path, data)
@@ -108,7 +108,7 @@ def test_sizes(tmp_path: Path, kind: str, n: int) -> None:
     assert n_read > n / 100 and n_refused > n / 2
 
 
-@inputs({"safetensors file (bytes)": 2000})
+@inputs({"safetensors file (bytes)": 1500})
 def test_bytes(tmp_path: Path, kind: str, n: int) -> None:
     def read(data: bytes) -> None:
         check_like_the_library(tmp_path, data)

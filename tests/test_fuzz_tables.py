@@ -143,7 +143,7 @@ def check_trace(trace: Trace) -> None:
         json.dumps([*trace_exchange.chrome_events(trace)], allow_nan=False)
 
 
-@inputs({"trace (.npz)": 1200})
+@inputs({"trace (.npz)": 1000})
 def test_traces(tmp_path: Path, kind: str, n: int) -> None:
     path = tmp_path / "t.npz"
 
@@ -192,7 +192,7 @@ def check_routing(trace: Trace, text: str) -> None:
     ]
 
 
-@inputs({"routing table (.csv)": 2000})
+@inputs({"routing table (.csv)": 1500})
 def test_routing(tmp_path: Path, monkeypatch, kind: str, n: int) -> None:
     path = tmp_path / "t.csv"
 
@@ -224,7 +224,7 @@ def check_rows(rows: list[dict], data: bytes) -> None:
     assert rows == [*csv.DictReader(io.StringIO(text, newline=""))]
 
 
-@inputs({"sweep (.csv)": 800})
+@inputs({"sweep (.csv)": 600})
 def test_sweeps(tmp_path: Path, kind: str, n: int) -> None:
     path = tmp_path / "sweep.csv"
 
@@ -242,7 +242,7 @@ def test_sweeps(tmp_path: Path, kind: str, n: int) -> None:
     assert n_read > n / 50 and n_refused > n / 10
 
 
-@inputs({"settings (.csv)": 800})
+@inputs({"settings (.csv)": 600})
 def test_settings(tmp_path: Path, kind: str, n: int) -> None:
     path = tmp_path / "settings.csv"
 
@@ -283,7 +283,7 @@ def test_published(tmp_path: Path, kind: str, n: int) -> None:
 # --- JSON -----------------------------------------------------------------------------
 
 
-@inputs({"set of prompts (.jsonl)": 1000})
+@inputs({"set of prompts (.jsonl)": 700})
 def test_prompts(tmp_path: Path, kind: str, n: int) -> None:
     path = tmp_path / "set.jsonl"
     good = (DATA / "eval" / "tool.jsonl").read_bytes().split(b"\n")[0]
@@ -320,7 +320,7 @@ PROBE = {
 }
 
 
-@inputs({"probe (.json)": 800})
+@inputs({"probe (.json)": 500})
 def test_probes(tmp_path: Path, kind: str, n: int) -> None:
     path, known = tmp_path / "probe.json", machine("pc-32")
 
@@ -358,7 +358,7 @@ def relu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@inputs({"config.json (ReLU model)": 800})
+@inputs({"config.json (ReLU model)": 500})
 def test_relu_config(relu: Path, tmp_path: Path, kind: str, n: int) -> None:
     source = (relu / "config.json").read_bytes()
     (tmp_path / "model.safetensors").symlink_to(relu / "model.safetensors")

@@ -126,7 +126,7 @@ def use(tokenizer: Tokenizer, data: bytes) -> None:
     tokenizer.encode_chat([{"role": "user", "content": TEXT}])
 
 
-@inputs({"tokenizer.json": 1000})
+@inputs({"tokenizer.json": 700})
 def test_tokenizer(folder: Path, kind: str, n: int) -> None:
     def read(data: bytes) -> None:
         (folder / kind).write_bytes(data)
@@ -228,7 +228,7 @@ def change_template(data: bytes, rng: random.Random) -> bytes:
     return "\n".join(lines).encode()
 
 
-@inputs({"chat template": 1000})
+@inputs({"chat template": 600})
 def test_templates(folder: Path, kind: str, n: int) -> None:
     def read(data: bytes) -> None:
         (folder / "chat_template.jinja").write_bytes(data)
@@ -245,7 +245,7 @@ def test_templates(folder: Path, kind: str, n: int) -> None:
 # --- tools ----------------------------------------------------------------------------
 
 
-@inputs({"tool schemas": 1000})
+@inputs({"tool schemas": 700})
 def test_schemas(tmp_path: Path, kind: str, n: int) -> None:
     """What `read_tools` takes, serves to read a call."""
     path = tmp_path / "tools.json"
@@ -294,7 +294,7 @@ def check_calls(text: str, tools: list[dict]) -> None:
         json.dumps(call.arguments, allow_nan=False).encode()
 
 
-@inputs({"tool calls": 2000})
+@inputs({"tool calls": 1500})
 def test_calls(kind: str, n: int) -> None:
     def read(data: bytes) -> None:
         check_calls(data.decode("utf-8", "replace"), TOOLS)
