@@ -90,6 +90,7 @@ def run(
     """Say how long it takes, measure, print the table, save it."""
     from .estimate import estimate, in_words
     from .sweep import read_table, sweep
+    from .writing import write_small
 
     tasks, settings = make_tasks(args), make_settings(args)
     found = estimate(model_dir, settings, tasks)
@@ -103,7 +104,7 @@ def run(
         rows = read_table(table)
     say(readable(rows))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1), "utf-8")
+        write_small(args.json, json.dumps(rows, indent=1).encode())
 
 
 def make_settings(args: Namespace) -> list:

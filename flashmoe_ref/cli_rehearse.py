@@ -77,6 +77,7 @@ def run(args: Namespace, say: Callable[[str], None]) -> None:
     """Write, measure, compare, remove."""
     from .folding import layers_that_fit
     from .machines import GB, parse_quantity
+    from .writing import write_small
 
     config = PRESETS[args.preset]
     k = args.k or config.num_experts_per_tok
@@ -92,7 +93,7 @@ def run(args: Namespace, say: Callable[[str], None]) -> None:
     for line in readable(found, args.preset):
         say(line)
     if args.json:
-        Path(args.json).write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+        write_small(Path(args.json), (json.dumps(found.as_dict()) + "\n").encode())
 
 
 def _check(args: Namespace) -> None:
@@ -125,15 +126,19 @@ def _routing(args: Namespace, config: ModelConfig, k: int):
 
 @contextmanager
 def _folder(args: Namespace) -> Iterator[Path]:
-    """Where the files go; removed afterwards, unless they are to be kept."""
+    """Where the files go; removed afterwards, unless they are to be kept.
+
+    Always the same folder, so that what a killed run left goes with the next.
+    """
+    from .writing import work_folder
+
     if args.keep:
         yield args.keep
         return
-    folder = Path(tempfile.mkdtemp(prefix="flashmoe-rehearsal-", dir=args.dir))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = args.dir / "flashmoe-rehearsal.work"
+    with work_folder(folder, f"{folder}: another rehearsal is using it"):
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        yield folder / "model"
 
 
 def _announce(
@@ -166,8 +171,10 @@ def _announce(
 
 def _write_rate(folder: Path) -> float:
     """Bytes a second that this disk takes."""
+    from .writing import writing_to
+
     block = os.urandom(1 << 20)
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with writing_to(folder), tempfile.TemporaryFile(dir=folder) as file:
         start = time.perf_counter()
         for _ in range(WRITE_PROBE_BYTES >> 20):
             file.write(block)

@@ -20,7 +20,7 @@ from .checkpoint import ZERO_CENTRED, Checkpoint
 from .config import ModelConfig, read_json
 from .errors import CheckpointError, ConfigError, PackError
 from .experts import PROJECTIONS, ExpertFiles, experts_in_place
-from .headers import TensorInfo, read_tensor
+from .headers import TensorInfo, read_tensor, told_in_one_line
 from .mlx_config import (
     GATE,
     GATE_BITS,
@@ -147,8 +147,11 @@ def write_model(
     source = identify(checkpoint, lambda name: True)
     record = {"format": FORMAT, **record, "source": source}
     folder = checkpoint.path
-    copied = [p for pattern in COPIED_FILES for p in sorted(folder.glob(pattern))]
-    write_checkpoint(target, shards, (RECORD_NAME, record), config, copied, progress)
+    with told_in_one_line(folder):
+        copied = [p for pattern in COPIED_FILES for p in sorted(folder.glob(pattern))]
+    named = (RECORD_NAME, record)
+    check = checkpoint.check_unchanged
+    write_checkpoint(target, shards, named, config, copied, progress, check)
 
 
 def check_apart(source: Path, target: Path) -> None:

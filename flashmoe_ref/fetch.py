@@ -24,7 +24,14 @@ from filelock import FileLock, Timeout
 from .checkpoint import INDEX_NAME, Checkpoint
 from .config import ModelConfig
 from .errors import ConfigError, FetchError
-from .hub import RemoteFile, Repository, Stopped, open_repository, told_in_one_line
+from .hub import (
+    RemoteFile,
+    Repository,
+    Stopped,
+    named,
+    open_repository,
+    told_in_one_line,
+)
 from .naming import canonical_name
 from .small_files import decode, parse_json
 from .writing import LOCK_NAME, PARTIAL_SUFFIX, progress_bar, write_small
@@ -156,7 +163,8 @@ def plan_fetch(
     small = [repository.files[name] for name in SMALL if name in repository.files]
     files = (*small, *shards)
     place = _place(repository, folder)
-    missing = tuple(file for file in files if not place.is_there(file))
+    with told_in_one_line(name, endpoint):
+        missing = tuple(file for file in files if not place.is_there(file))
     return Plan(repository, revision, config, place, files, left_out, missing)
 
 
@@ -253,11 +261,16 @@ def fetch(
     Raises: FetchError; KeyboardInterrupt leaves what has come for the next run.
     """
     check_room(plan)
-    place = plan.place
     with told_in_one_line(plan.repository.name, plan.repository.endpoint):
-        folders = {place.folder, place.blobs if place.is_cache else place.folder}
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
+        _fetch(plan, check, progress, n_at_once)
+    Checkpoint.open(plan.place.folder)  # headers, names and shapes
+    return plan.place.folder
+
+
+def _fetch(plan: Plan, check: bool, progress: bool, n_at_once: int) -> None:
+    place = plan.place
+    for folder in (place.folder, place.blobs if place.is_cache else place.folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with _locked(place.blobs.parent if place.is_cache else place.folder):
         if not place.is_cache:
             write_small(place.folder / RECORD_NAME, _record(plan.repository))
@@ -271,8 +284,6 @@ def fetch(
             _check_all(plan, progress)
         if place.is_cache:
             _name_revision(plan)
-    Checkpoint.open(place.folder)  # headers, names and shapes
-    return place.folder
 
 
 def check_room(plan: Plan) -> None:
@@ -301,8 +312,9 @@ def _bring(plan: Plan, count: Callable[[int], object], n_at_once: int) -> None:
     def bring(file: RemoteFile) -> None:
         partial = plan.place.partial(file)
         try:
-            plan.repository.download(file, partial, stop, counted)
-            os.replace(partial, plan.place.store(file))
+            with named(partial):
+                plan.repository.download(file, partial, stop, counted)
+                os.replace(partial, plan.place.store(file))
         except BaseException:
             stop.set()
             raise
@@ -325,7 +337,9 @@ def _check_all(plan: Plan, progress: bool) -> None:
     with progress_bar("check", plan.n_bytes, progress) as bar:
         for file in plan.files:
             target = plan.place.target(file)
-            if not file.is_right(target):
+            with named(target):
+                is_right = file.is_right(target)
+            if not is_right:
                 target.resolve().unlink()
                 target.unlink(missing_ok=True)
                 raise FetchError(
@@ -341,7 +355,7 @@ def _name_revision(plan: Plan) -> None:
     if revision != plan.repository.commit:
         ref = plan.place.blobs.parent / "refs" / revision
         ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(plan.repository.commit)
+        write_small(ref, plan.repository.commit.encode())
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from .writing import (
     open_target,
     progress_bar,
     write_small,
+    writing_to,
 )
 
 SPARE_BYTES = 50_000_000  # headers, digests and small files
@@ -84,7 +85,8 @@ def write_folded(
     n_bytes = config.num_experts * fmt.n_bytes
     widths = (bits, dense_bits, group_size)
     write_random(folder, config, *widths, seed, progress=progress, experts=False)
-    target.mkdir(exist_ok=True)  # a checkpoint without experts must have it
+    with writing_to(target):
+        target.mkdir(exist_ok=True)  # a checkpoint without experts must have it
     layout = _layout(folder, config, fmt, n_layers, seed)
     with open_target(target, layout, LAYOUT_NAME):
         check_space(target, dict.fromkeys(paths, n_bytes))

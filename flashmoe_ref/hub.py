@@ -11,6 +11,7 @@ server that imitates the hub, never against the hub itself. *Taught in notebooks
 import errno
 import hashlib
 import io
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from pathlib import Path
 from threading import Event
 from typing import BinaryIO
 
-from .errors import FetchError
+from .errors import FetchError, FlashMoeError
 
 LARGEST_SMALL_FILE = 100_000_000  # an index of a trillion parameters has some 20 MB
 TIMEOUT_S = 20  # without a byte
@@ -105,13 +106,21 @@ class Repository:
         stop: Event,
         count: Callable[[int], None],
     ) -> None:
-        with told_in_one_line(self.name, self.endpoint), open(partial, "ab") as out:
+        with (
+            told_in_one_line(self.name, self.endpoint),
+            named(partial),
+            open(partial, "ab") as out,
+        ):
             start = out.tell()
             if start > file.n_bytes or not file.is_large:
                 out.truncate(0)
                 count(-start)
                 start = 0
             self._transfer(file, _Stoppable(out, stop, count), start)
+            out.flush()
+            os.fsync(
+                out.fileno()
+            )  # a new name must not reach the disk before the bytes
 
     def _transfer(self, file: RemoteFile, out: BinaryIO, start: int) -> None:
         """Append a file's bytes from `start` on; a line that goes dead is taken up."""
@@ -256,14 +265,25 @@ def told_in_one_line(
             f"{AGAIN[0].upper()}{AGAIN[1:]}"
         ) from None
     except OSError as error:
-        if isinstance(error, FetchError):
+        if isinstance(error, FlashMoeError):
             raise
         raise FetchError(_of_the_system(error, name)) from None
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let an error of the system say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def _of_the_system(error: OSError, name: str) -> str:
     if error.errno == errno.ENOSPC:
-        return f"{name}: the disk is full; free some space, {AGAIN}"
+        return f"{error.filename or name}: the disk is full; free some space, {AGAIN}"
     if error.errno is not None:
         return f"{error.filename or name}: {error.strerror}"
     return f"{name}: {_shortened(error)}; {AGAIN}"  # too few bytes came

@@ -25,6 +25,7 @@ from .errors import ConfigError
 from .evaluate import TextScore, bootstrap_interval, continuations, diverging_position
 from .settings import Setting
 from .structured_runs import Outcome, StageRate, load_prompts, run_prompts, summarize
+from .writing import reserve, writing_to
 
 PROMPT_TOKENS, CONTINUED = 48, 64  # of a free generation: read, written
 SPEED_TOKENS = 64  # decoded, streamed, for speed; the median of their times counts
@@ -111,7 +112,9 @@ def make_baseline(model_dir: Path, tasks: Tasks, work: Path) -> Baseline:
         for number, (ids, n_bytes) in enumerate(texts):
             shape = (len(ids) - 1, model.config.vocab_size)
             file = work / f"baseline_{number}.npy"
-            array = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+            with writing_to(file):
+                array = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+            reserve(file, array.offset, array.nbytes)
             nats.append(evaluate.score_ids(model, ids, n_bytes, keep=array).nats)
             kept.append(array)
         prompts = _prompts(texts, tasks.n_continued)

@@ -24,6 +24,7 @@ from .page_cache import evict
 from .reading import open_file, read_exactly, read_through_buffer
 from .relu_model import ReluConfig, ReluModel
 from .slots import allocate_numpy
+from .writing import new_file
 
 LARGE_BYTES = 1 << 20  # of one read, where a whole range is wanted
 THREADS = 8  # as many reads are under way at once
@@ -53,10 +54,8 @@ def write_neurons(model: ReluModel, folder: str | Path, bundled: bool) -> int:
 
 def write_stored(path: Path, values: np.ndarray) -> int:
     """Write an array's bytes and wait until the disk has them. Returns how many."""
-    with open(path, "wb") as file:
+    with new_file(path) as file:  # synced: only what is stored can leave the cache
         file.write(np.ascontiguousarray(values, np.float32).data)
-        file.flush()
-        os.fsync(file.fileno())  # only what is stored can be dropped from the cache
     return values.size * 4
 
 

@@ -14,6 +14,7 @@ runs beside the computation costs it k seconds (the contention). Predicting take
 more, demanded reads that wait for what was read ahead. *Taught in notebooks/09.*
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -123,6 +124,8 @@ def best_speedup(ahead: Ahead, contention: float = 0.0) -> float:
     if not ahead.share or contention >= ahead.precision:
         return 1.0
     read = 1 / (ahead.share * (1 - contention))  # for a computation of 1
+    if math.isinf(read):  # a share too small to win anything
+        return 1.0
     return speedup(Layer(1.0, read), ahead, contention)
 
 

@@ -25,6 +25,7 @@ from .experts import (
     experts_in_place,
     packed_name,
 )
+from .headers import told_in_one_line
 from .shards import DTYPE_NAMES
 from .writing import (
     check_space,
@@ -69,7 +70,7 @@ def pack(
                 if is_finished(path) and checksum_path(path).exists():
                     bar.update(layer_bytes)
                 else:
-                    _pack_layer(path, experts, layer, bar)
+                    _pack_layer(path, experts, layer, bar, checkpoint)
     return target
 
 
@@ -136,13 +137,18 @@ def _widths(fmt: ExpertFormat) -> tuple[int | list[int] | None, ...]:
     return tuple(c[0] if len(set(c)) == 1 else list(c) for c in columns)
 
 
-def _pack_layer(path: Path, experts: ExpertFiles, layer: int, bar: tqdm) -> None:
+def _pack_layer(
+    path: Path, experts: ExpertFiles, layer: int, bar: tqdm, checkpoint: Checkpoint
+) -> None:
     n_bytes = experts.formats[layer].n_bytes
     labels = {expert_label(e): n_bytes for e in range(experts.n_experts)}
     with ExitStack() as stack, new_parts_file(path, labels) as packed:
         runs = experts.runs[layer]
         numbers = {place[0] for run in runs for place in run.places}
-        files = {n: stack.enter_context(open(experts.files[n], "rb")) for n in numbers}
+        files = {}
+        for n in numbers:
+            with told_in_one_line(experts.files[n]):
+                files[n] = stack.enter_context(open(experts.files[n], "rb"))
         checksums = [0] * len(labels)
         for expert, label in enumerate(labels):
             for run in runs:  # in the order of the record
@@ -150,4 +156,5 @@ def _pack_layer(path: Path, experts: ExpertFiles, layer: int, bar: tqdm) -> None
                 data = read_bytes(files[number], offset, run.n_bytes)
                 checksums[expert] = checksum([data], checksums[expert])
                 bar.update(packed.write(label, data))
+        checkpoint.check_unchanged()  # before the file gets its name
         write_small(checksum_path(path), checksum_lines(checksums))

@@ -26,6 +26,7 @@ from .memory_limit import run_limited
 from .page_cache import evict
 from .policies import make_slots
 from .reading import open_file, read_exactly
+from .writing import new_file
 
 HOWS = ("page cache", "no read-ahead", "direct")
 BLOCK_BYTES = 512  # in which Linux counts what a process had read from disks
@@ -45,12 +46,10 @@ class Replayed:
 def write_records(path: str | Path, n_records: int, record_bytes: int) -> Path:
     """Write a file of random bytes; it is whole on the disk when this returns."""
     rng, path = np.random.default_rng(0), Path(path)
-    with open(path, "wb") as file:
+    with new_file(path) as file:
         for first in range(0, n_records, WRITE_RECORDS):
             n = min(WRITE_RECORDS, n_records - first)
             file.write(rng.bytes(n * record_bytes))
-        file.flush()
-        os.fsync(file.fileno())
     return path
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .checkpoint import INDEX_NAME
-from .headers import DTYPES
+from .headers import DTYPES, told_in_one_line
 from .writing import (
     check_space,
     is_finished,
@@ -140,11 +140,13 @@ def write_checkpoint(
     config: dict,
     copied: Iterable[Path] = (),
     progress: bool = True,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write shards, index, copies of small files and, last, config.json into a folder.
 
     Last, because a folder without config.json is not taken for a model. record: the
-    name and the content of the file that says what the folder is made from.
+    name and the content of the file that says what the folder is made from. check: is
+    called before a shard gets its name; it raises if the source has changed meanwhile.
     Raises: PackError if there is no room, or the folder holds something else.
     """
     record_name, content = record
@@ -153,19 +155,23 @@ def write_checkpoint(
         write_small(folder / record_name, content)
         n_bytes = sum(shard.n_bytes for shard in shards)
         with progress_bar(folder.name, n_bytes, progress) as bar:
-            write_shards(folder, shards, bar)
+            write_shards(folder, shards, bar, check)
         for path in copied:
-            write_small(folder / path.name, path.read_bytes())
+            with told_in_one_line(path):
+                content = path.read_bytes()
+            write_small(folder / path.name, content)
         write_small(folder / "config.json", config)
 
 
-def write_shards(folder: Path, shards: list[Shard], bar: tqdm) -> None:
+def write_shards(
+    folder: Path, shards: list[Shard], bar: tqdm, check: Callable[[], None]
+) -> None:
     """Write the shards that are not finished yet, then the index."""
     for shard in shards:
         if is_finished(folder / shard.name):
             bar.update(shard.n_bytes)
         else:
-            _write_shard(folder / shard.name, shard, bar)
+            _write_shard(folder / shard.name, shard, bar, check)
     modules = [module for shard in shards for module in shard.modules]
     weight_map = {t.name: s.name for s in shards for m in s.modules for t in m.tensors}
     metadata = {
@@ -176,7 +182,9 @@ def write_shards(folder: Path, shards: list[Shard], bar: tqdm) -> None:
     write_small(folder / INDEX_NAME, index)
 
 
-def _write_shard(path: Path, shard: Shard, bar: tqdm) -> None:
+def _write_shard(
+    path: Path, shard: Shard, bar: tqdm, check: Callable[[], None]
+) -> None:
     parts = {HEADER_PART: len(shard.header)}
     parts |= {t.name: t.n_bytes for module in shard.modules for t in module.tensors}
     with new_parts_file(path, parts) as file:
@@ -186,6 +194,7 @@ def _write_shard(path: Path, shard: Shard, bar: tqdm) -> None:
         for module, arrays in zip(owners, in_order(blocks), strict=True):
             for tensor, array in zip(module.tensors, arrays, strict=True):
                 bar.update(file.write(tensor.name, array))
+        check()
 
 
 def in_order(blocks: Iterable[Block]) -> Iterator[tuple[np.ndarray, ...]]:

@@ -8,6 +8,7 @@ other bits are made by `requantize` into a folder beside the table and removed a
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -19,7 +20,6 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from . import __version__
@@ -31,6 +31,7 @@ from .requantize import requantize
 from .settings import COLUMNS, Setting, check_experts, from_row
 from .small_files import decode, parse_json, parse_table, read_bytes
 from .structured_runs import Outcome, as_record
+from .writing import work_folder, write_small, writing_to
 
 END_BYTES = 1 << 16  # of each file's end, for a model's fingerprint
 FAILURES = 3  # wrong answers of a set that are kept as text, for each setting
@@ -55,7 +56,10 @@ def sweep(
     model_dir, table = Path(model_dir), Path(table)
     check_experts(settings, Checkpoint.open(model_dir).config)
     given = provenance(model_dir, tasks)
-    with _own_folder(table) as work:
+    if not table.absolute().parent.is_dir():
+        raise ConfigError(f"{table}: there is no such folder")
+    work = table.with_name(f"{table.name}.work")
+    with work_folder(work, f"{table}: another sweep is writing it"):
         done = _finished(table, given)
         todo = [setting for setting in settings if setting not in done]
         if not todo:
@@ -102,8 +106,9 @@ def _stored(model_dir: Path, weights: Setting, work: Path) -> Iterator[Path]:
         return
     name = hashlib.sha256(weights.name.encode()).hexdigest()[:12]
     folder = work / f"weights_{name}"
-    for other in set(work.glob("weights_*")) - {folder}:  # of a sweep that was killed
-        shutil.rmtree(other)
+    with writing_to(work):
+        for other in set(work.glob("weights_*")) - {folder}:  # of a killed sweep
+            shutil.rmtree(other)
     names = ("group_size", "down_bits", "dense_bits", "router_bits")
     widths = {name: getattr(weights, name) for name in names}
     given = {name: width for name, width in widths.items() if width is not None}
@@ -111,26 +116,8 @@ def _stored(model_dir: Path, weights: Setting, work: Path) -> Iterator[Path]:
         *(model_dir, folder, weights.bits), rule=weights.rule, progress=False, **given
     )
     yield folder
-    shutil.rmtree(folder)
-
-
-@contextmanager
-def _own_folder(table: Path) -> Iterator[Path]:
-    """A folder beside the table, for this process alone; removed at the end."""
-    if not table.absolute().parent.is_dir():
-        raise ConfigError(f"{table}: there is no such folder")
-    work = table.with_name(f"{table.name}.work")
-    work.mkdir(exist_ok=True)
-    lock = FileLock(work / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"{table}: another sweep is writing it") from None
-    try:
-        yield work
-    finally:
-        lock.release()
-        shutil.rmtree(work, ignore_errors=True)
+    with writing_to(folder):
+        shutil.rmtree(folder)
 
 
 # --- the table ------------------------------------------------------------------------
@@ -163,20 +150,23 @@ def append_row(table: Path, row: dict[str, object]) -> None:
 
 
 def _append(path: Path, text: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        data = text.encode()
-        if os.write(descriptor, data) != len(data):
-            raise PackError(f"{path}: the disk is full")
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    data = text.encode()
+    with writing_to(path), open(path, "ab", buffering=0) as file:
+        n_before = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(n_before)  # better none than half of it
+            raise
 
 
 def _finished(table: Path, given: dict[str, object]) -> set[Setting]:
     """Settings that the table has. Half a row at its end is cut off.
 
-    Raises: ConfigError if its rows are of another model or of other tasks.
+    Raises: ConfigError if its rows are of another model or of other tasks, or it is no
+            table of a sweep at all; then nothing is cut.
     """
     rows, data = read_table(table), read_bytes(table, ConfigError) or b""
     head = ",".join(COLUMNS).encode()  # or its start, if a first row was cut off
@@ -194,7 +184,8 @@ def _finished(table: Path, given: dict[str, object]) -> set[Setting]:
     except ConfigError as error:
         raise ConfigError(f"{table}: {error}") from None
     if data:  # after all else: no other file is ever cut
-        os.truncate(table, data.rfind(b"\n") + 1 if rows else 0)
+        with writing_to(table):
+            os.truncate(table, data.rfind(b"\n") + 1 if rows else 0)
     return done
 
 
@@ -225,7 +216,7 @@ def _forget_failures(table: Path, done: set[Setting]) -> None:
         # Not splitlines(): an answer may hold other characters that end lines.
         *whole, _cut_off = (read_bytes(path, ConfigError) or b"").split(b"\n")
         kept = [line + b"\n" for line in whole if _setting_of(line, path) in names]
-        path.write_bytes(b"".join(kept))
+        write_small(path, b"".join(kept))
 
 
 def _setting_of(line: bytes, path: Path) -> object:

@@ -29,7 +29,7 @@ from .experts import (
     packed_experts,
     packed_name,
 )
-from .headers import read_header
+from .headers import read_header, told_in_one_line
 from .pack import expert_label
 from .shards import HEADER_PART
 from .writing import digest_path, progress_bar, read_bytes, read_digests
@@ -65,6 +65,11 @@ def verify(
             PackError naming file, layer and expert (or tensor) of a changed byte.
     """
     folder = Path(folder)
+    with told_in_one_line(folder):
+        return _verify(folder, packed, progress)
+
+
+def _verify(folder: Path, packed: str | Path | None, progress: bool) -> Verified:
     if (folder / LAYOUT_NAME).exists() and not (folder / "config.json").exists():
         return _run(folder, _checks_of_packed_alone(folder), progress)
     checkpoint = Checkpoint.open(folder)

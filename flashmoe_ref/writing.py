@@ -24,14 +24,15 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .config import read_json
-from .errors import CheckpointError, FlashMoeError, PackError
-from .headers import TensorInfo
+from .errors import CheckpointError, ConfigError, FlashMoeError, PackError
+from .headers import TensorInfo, told_in_one_line
 from .small_files import read_text
 
 PARTIAL_SUFFIX = ".partial"
 DIGEST_SUFFIX = ".sha256"
 LOCK_NAME = ".flashmoe.lock"
 SMALL_FILES_BYTES = 100_000_000  # tokenizer, digests and headers, generously
+ZEROS_BYTES = 1 << 20  # written at a time
 SAMPLE_BYTES = 64  # read at the start and in the middle of every tensor
 
 
@@ -39,19 +40,38 @@ SAMPLE_BYTES = 64  # read at the start and in the middle of every tensor
 
 
 @contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn what the system says while a file is written into a PackError naming it."""
+    try:
+        yield
+    except FlashMoeError:
+        raise
+    except OSError as error:
+        raise PackError(
+            f"{path}: cannot be written ({error.strerror or error}); remedy this and "
+            f"run the same command again"
+        ) from None
+
+
+@contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing; it appears under its name when all of it is on disk."""
+    """Open a file for writing; it appears under its name when all of it is on disk.
+
+    Raises: PackError naming the file, if the disk is full or does not take it.
+    """
     if not path.name:
         raise PackError(f"{str(path)!r} names no file; give it a name")
     partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with writing_to(path):
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            partial.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
@@ -153,10 +173,11 @@ def open_target(folder: Path, record: dict, record_name: str) -> Iterator[None]:
     Raises: PackError if the folder holds something else, is being written to by another
             process, or cannot be written to.
     """
-    _check_ours(folder, record, record_name)
     try:
+        _check_ours(folder, record, record_name)
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        with _lock(folder, is_new):
             _check_ours(folder, record, record_name)
             for partial in folder.glob(f".*{PARTIAL_SUFFIX}"):
                 partial.unlink()
@@ -171,7 +192,7 @@ def open_target(folder: Path, record: dict, record_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _lock(folder: Path, is_new: bool) -> Iterator[None]:
     path = folder / LOCK_NAME
     try:
         lock = FileLock(path, timeout=0)
@@ -180,14 +201,16 @@ def _lock(folder: Path) -> Iterator[None]:
                 yield
             finally:
                 # Removed while held: whoever waits for it sees that it lost its name.
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # whoever comes next can use it
+                    path.unlink(missing_ok=True)
     except Timeout:
         raise PackError(
             f"{folder}: another process is writing to this folder; wait for its end"
         ) from None
     finally:
-        with suppress(OSError):  # an empty folder that we made, or not empty at all
-            folder.rmdir()
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def _check_ours(folder: Path, record: dict, record_name: str) -> None:
@@ -233,6 +256,44 @@ def check_space(folder: Path, files: dict[Path, int]) -> None:
         )
 
 
+@contextmanager
+def work_folder(folder: Path, busy: str) -> Iterator[Path]:
+    """A folder for this process alone, removed at the end.
+
+    What a killed run has left in it is there. busy: what to say if another has it.
+    Raises: ConfigError if another process has it, or it is not ours; PackError.
+    """
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    with writing_to(folder):
+        folder.mkdir(exist_ok=True)
+        if not (folder / LOCK_NAME).exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder}: is in the way; move it, it is not ours")
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(busy) from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+def reserve(path: Path, first: int, n_bytes: int) -> None:
+    """Let the disk promise the bytes of a file that will be written through memory.
+
+    Without this, a full disk ends the process (SIGBUS) when they are written.
+    Raises: PackError if the disk has no room.
+    """
+    with writing_to(path), open(path, "r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), first, n_bytes)
+            return
+        file.seek(first)
+        for start in range(0, n_bytes, ZEROS_BYTES):
+            file.write(bytes(min(ZEROS_BYTES, n_bytes - start)))
+
+
 # ---- what a folder was made from -----------------------------------------------------
 
 
@@ -246,7 +307,7 @@ def identify(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict:
     infos.sort(key=lambda info: (info.file.name, info.offset))
     digest = hashlib.sha256()
     for path, group in groupby(infos, key=lambda info: info.file):
-        with open(path, "rb") as file:
+        with told_in_one_line(path), open(path, "rb") as file:
             for info in group:
                 place = (info.name, path.name, info.offset, info.shape, str(info.dtype))
                 digest.update(repr(place).encode())
@@ -262,9 +323,10 @@ def _sample(file: BinaryIO, info: TensorInfo) -> bytes:
 
 
 def read_bytes(file: BinaryIO, offset: int, n_bytes: int) -> bytes:
-    """Read bytes of a source file. Raises: CheckpointError if it ends too early."""
-    file.seek(offset)
-    data = file.read(n_bytes)
+    """Read bytes of a source file. Raises: CheckpointError if that fails."""
+    with told_in_one_line(Path(file.name)):
+        file.seek(offset)
+        data = file.read(n_bytes)
     if len(data) != n_bytes:
         raise CheckpointError(
             f"{file.name}: ended at byte {offset + len(data):,} instead of "

@@ -1,7 +1,9 @@
 """What several test files share: golden checkpoints, and one that mlx-lm made."""
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +49,16 @@ def engine(request: pytest.FixtureRequest) -> Iterator[dict]:
     mx.set_default_device(mx.cpu)
     yield ENGINES[request.param]
     mx.set_default_device(device)
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory, where the system has such: no disk to wait for."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path_factory.mktemp("memory")
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,14 @@ def inject(patch: Callable[[object, str, object], object], root: Path, step: Ste
             handles[handle] = str(path)
         return handle
 
+    close = os.close
+
+    def os_close(handle):
+        handles.pop(handle, None)
+        close(handle)
+
     patch(os, "open", os_open)
+    patch(os, "close", os_close)
     for module in (builtins, io):
         patch(module, "open", _opener(module.open, is_ours, step, handles))
 
@@ -73,7 +80,8 @@ def _opener(real: Callable, is_ours: Callable, step: Step, handles: dict) -> Cal
             return real(file, mode, buffering, *args, **kwargs)
         step("change" if set(mode) & set("wa+") else "look", str(file))
         raw = _File(file, mode.replace("b", "").replace("t", ""))
-        raw.step, handles[raw.fileno()] = step, str(file)
+        raw.step, raw.handles = step, handles
+        handles[raw.fileno()] = str(file)
         kinds = {"r": io.BufferedReader, "w": io.BufferedWriter, "a": io.BufferedWriter}
         kind = io.BufferedRandom if "+" in mode else kinds[mode.strip("bt")]
         binary = kind(raw)
@@ -86,6 +94,12 @@ class _File(io.FileIO):
     """A file whose reads are announced, and whose writes are in the middle."""
 
     step: Step
+    handles: dict[int, str]
+
+    def close(self) -> None:
+        if not self.closed:
+            self.handles.pop(self.fileno(), None)  # the number will be another file's
+        super().close()
 
     def readinto(self, buffer) -> int:
         self.step("read", str(self.name))

@@ -1,180 +1,149 @@
 """A writer killed at any point, then run again, leaves what an unbroken run leaves."""
 
-import functools
-import hashlib
-import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny import write_tiny
+import tally
+from fake_hub import serving
+from killing import context, in_child, run_counted, run_killed, start_server
+from writers import UNFINISHED, WRITERS, digests, make_source
 
-from flashmoe_ref import writing
-from flashmoe_ref.convert import convert
-from flashmoe_ref.pack import pack
-from flashmoe_ref.requantize import requantize
+from flashmoe_ref.sweep import read_table
 
-N_KILLS = int(os.environ.get("FLASHMOE_KILLS", "15"))  # for each writer
+N_KILLS = int(os.environ.get("FLASHMOE_KILLS", "100"))  # at events, for each writer
+N_TIMED = 8  # more, at any time
 SEED = 4
 
-# Its child processes start in milliseconds, and MLX is never loaded in them.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["flashmoe_ref.requantize", "flashmoe_ref.pack"])
 
-WRITERS: dict[str, Callable[[Path, Path], Path]] = {
-    "convert": functools.partial(convert, shard_bytes=40_000, progress=False),
-    "requantize": functools.partial(
-        requantize, bits=2, shard_bytes=40_000, progress=False
-    ),
-    "pack": functools.partial(pack, progress=False),
-}
+@dataclass(frozen=True)
+class Case:
+    """A writer, its source, what an unbroken run leaves, and its events."""
 
+    name: str
+    source: Path | str
+    unbroken: dict[str, str]
+    n_events: int
+    seconds: float  # of an unbroken run
 
-def make_source(name: str, folder: Path) -> Path:
-    layout = "hf" if name == "convert" else "mlx"
-    small = {"num_hidden_layers": 2, "full_attention_interval": 2, "num_experts": 4}
-    source = write_tiny(folder, layout=layout, group_size=32, n_shards=2, **small)
-    (source / "tokenizer.json").write_text("{}")
-    return source
+    def run(self, target: Path) -> None:
+        """In this process, to the end."""
+        WRITERS[self.name](self.source, target)
 
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def count_events(step: Callable[[], None]) -> None:
-    """Call `step` before everything that changes the disk, and in mid-write."""
-
-    def before(owner: object, name: str) -> None:
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def wrapped(*args, **kwargs):
-            step()
-            return original(*args, **kwargs)
-
-        setattr(owner, name, wrapped)
-
-    for name in ("replace", "fsync", "open", "rmdir", "unlink"):
-        before(os, name)
-    before(Path, "unlink")
-    before(Path, "mkdir")
-    write = writing.PartsFile.write
-
-    def torn_write(self, name, data):
-        half = bytes(memoryview(data).cast("B")) if isinstance(data, bytes) else None
-        if half is None:
-            half = data.tobytes()
-        self._file.seek(self._at[name])
-        self._file.write(half[: len(half) // 2])
-        self._file.flush()
-        step()
-        return write(self, name, data)
-
-    writing.PartsFile.write = torn_write
-
-
-def run_killed(name: str, source: Path, target: Path, kill_at: int) -> None:
-    """In a child process: run a writer, dying of SIGKILL at its n-th event."""
-    left = kill_at
-
-    def step() -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    count_events(step)
-    WRITERS[name](source, target)
-
-
-def run_counted(name: str, source: Path, target: Path, events) -> None:
-    def step() -> None:
-        events.value += 1
-
-    count_events(step)
-    WRITERS[name](source, target)
-
-
-def in_child(function: Callable, *args) -> int:
-    child = context.Process(target=function, args=args)
-    child.start()
-    child.join(60)
-    return child.exitcode
+    def run_killed(self, target: Path, kill_at: int) -> int:
+        """In a child that dies of SIGKILL at its n-th event; returns its exit code."""
+        return in_child(run_killed, self.name, self.source, target, kill_at)
 
 
 @pytest.fixture(scope="module", params=WRITERS)
-def case(request, tmp_path_factory) -> tuple[str, Path, dict[str, str], int]:
-    """A writer's name, its source, what an unbroken run leaves, and its events."""
-    folder = tmp_path_factory.mktemp(request.param)
-    source = make_source(request.param, folder / "source")
-    events = context.Value("i", 0)
-    assert in_child(run_counted, request.param, source, folder / "out", events) == 0
-    unbroken = digests(folder / "out")
-    assert WRITERS[request.param](source, folder / "again") and unbroken
-    assert digests(folder / "again") == unbroken  # the same bytes on every run
-    return request.param, source, unbroken, events.value
+def case(request, memory) -> Iterator[Case]:
+    start_server()
+    name, folder = request.param, memory / request.param
+    source = make_source(name, folder / "source")
+    with serving(source) as server:
+        source = server.url if name == "fetch" else source
+        events = context.Value("i", 0)
+        assert in_child(run_counted, name, source, folder / "out", events) == 0
+        start = time.perf_counter()
+        WRITERS[name](source, folder / "again")
+        seconds, unbroken = time.perf_counter() - start, digests(folder / "again")
+        assert digests(folder / "out") == unbroken  # the same bytes on every run
+        assert unbroken or name == "rehearse"
+        yield Case(name, source, unbroken, events.value, seconds)
+    shutil.rmtree(folder)
 
 
-def assert_nothing_half_written(target: Path, unbroken: dict[str, str]) -> None:
+@pytest.fixture
+def tmp_path(memory: Path) -> Iterator[Path]:
+    """In memory, too."""
+    yield memory / "killed"
+    shutil.rmtree(memory / "killed", ignore_errors=True)
+
+
+def assert_nothing_half_written(case: Case, target: Path) -> None:
     """Whatever has its final name already has its final bytes."""
     for name, digest in digests(target).items():
-        temporary = name.endswith(writing.PARTIAL_SUFFIX) or name == writing.LOCK_NAME
-        assert temporary or digest == unbroken[name], name
+        if name.endswith(UNFINISHED) or ".work/" in name:
+            continue
+        if case.name == "sweep":  # its files grow by whole rows and lines
+            assert_rows_are_whole(target / name)
+        else:
+            assert digest == case.unbroken[name], name
+
+
+def assert_rows_are_whole(file: Path) -> None:
+    if file.suffix == ".csv":
+        assert all(row["model_sha256"] and row["machine"] for row in read_table(file))
+
+
+def chosen_events(case: Case) -> list[int]:
+    """Each once, or as many as wanted out of more; the first and the last always."""
+    every = range(1, case.n_events + 1)
+    if len(every) <= N_KILLS:
+        return [*every]
+    inner = random.Random(SEED).sample(every[1:-1], N_KILLS - 2)
+    return [1, *sorted(inner), case.n_events]
 
 
 def test_killed_at_any_event(case, tmp_path):
-    name, source, unbroken, n_events = case
-    assert n_events > 40
-    chosen = random.Random(SEED).sample(range(2, n_events), N_KILLS - 2)
-    for kill_at in [1, *sorted(chosen), n_events]:
-        target = tmp_path / f"killed-{kill_at}"
-        exitcode = in_child(run_killed, name, source, target, kill_at)
+    chosen = chosen_events(case)
+    assert len(chosen) >= min(N_KILLS, 15)
+    for kill_at in chosen:
+        target = tmp_path / f"{kill_at}"
+        exitcode = case.run_killed(target, kill_at)
         assert exitcode == -signal.SIGKILL, kill_at
-        assert_nothing_half_written(target, unbroken)
-        WRITERS[name](source, target)
-        assert digests(target) == unbroken, f"killed at event {kill_at} of {n_events}"
+        assert_nothing_half_written(case, target)
+        case.run(target)
+        where = f"killed at event {kill_at} of {case.n_events}"
+        assert digests(target) == case.unbroken, where
+        shutil.rmtree(target)
+        tally.count(f"kills of {case.name}")
 
 
 def test_killed_again_and_again(case, tmp_path):
     """Each run gets a little further; in the end all is there."""
-    name, source, unbroken, n_events = case
     target, steps = tmp_path / "out", random.Random(SEED)
     for _ in range(8):
-        kill_at = steps.randrange(1, n_events // 3)
-        if in_child(run_killed, name, source, target, kill_at) == 0:
+        kill_at = steps.randrange(1, max(2, case.n_events // 3))
+        if case.run_killed(target, kill_at) == 0:
             break
-        assert_nothing_half_written(target, unbroken)
-    WRITERS[name](source, target)
-    assert digests(target) == unbroken
+        assert_nothing_half_written(case, target)
+        tally.count(f"kills of {case.name}")
+    case.run(target)
+    assert digests(target) == case.unbroken
 
 
 def test_killed_at_any_time(case, tmp_path):
-    name, source, unbroken, _ = case
-    delays = random.Random(SEED)
-    for i in range(3):
+    """Also where nothing is written. More of them where there are few events."""
+    delays, n_killed = random.Random(SEED), 0
+    wanted = max(N_TIMED, N_KILLS - case.n_events)
+    for i in range(3 * wanted):  # some end before they are killed
         target = tmp_path / str(i)
-        child = context.Process(target=run_killed, args=(name, source, target, -1))
+        args = (case.name, case.source, target, 0)
+        child = context.Process(target=run_killed, args=args)
         child.start()
-        time.sleep(delays.uniform(0, 0.15))
+        time.sleep(delays.uniform(0, 0.01 + 2 * case.seconds))
         child.kill()
         child.join()
-        WRITERS[name](source, target)
-        assert digests(target) == unbroken
+        assert_nothing_half_written(case, target)
+        case.run(target)
+        assert digests(target) == case.unbroken
+        n_killed += child.exitcode == -signal.SIGKILL
+        if n_killed == wanted:
+            break
+    tally.count(f"kills of {case.name}", n_killed)
 
 
+@pytest.mark.parametrize("case", ["convert", "requantize", "pack"], indirect=True)
 def test_finished_files_are_not_written_again(case, tmp_path):
-    name, source, unbroken, n_events = case
     target = tmp_path / "out"
-    in_child(run_killed, name, source, target, n_events - 12)
+    case.run_killed(target, case.n_events - 12)
     big = [
         path
         for path in target.iterdir()
@@ -182,6 +151,6 @@ def test_finished_files_are_not_written_again(case, tmp_path):
     ]
     times = {path: path.stat().st_mtime_ns for path in big}
     assert times
-    WRITERS[name](source, target)
+    case.run(target)
     assert times == {path: path.stat().st_mtime_ns for path in big}
-    assert digests(target) == unbroken
+    assert digests(target) == case.unbroken

@@ -22,6 +22,7 @@ from flashmoe_ref.sweep import (
     read_table,
     sweep,
 )
+from flashmoe_ref.writing import LOCK_NAME
 
 ROOT = Path(__file__).parents[1]
 REDUCED = ROOT / "data" / "reduced"
@@ -244,7 +245,7 @@ def test_two_at_a_time_are_refused(tasks: Tasks, tmp_path: Path) -> None:
 
     work = tmp_path / "t.csv.work"
     work.mkdir()
-    with FileLock(work / "lock"), pytest.raises(ConfigError, match="another sweep"):
+    with FileLock(work / LOCK_NAME), pytest.raises(ConfigError, match="another sweep"):
         sweep(REDUCED, SETTINGS, tasks, tmp_path / "t.csv", progress=False)
 
 
