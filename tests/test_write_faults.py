@@ -4,6 +4,7 @@ half written that looks whole, nothing lost that was there, and a second run com
 
 import errno
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from flashmoe_ref.errors import ConfigError, FlashMoeError, PackError
 from flashmoe_ref.measures import Tasks
 from flashmoe_ref.settings import COLUMNS
 
+# of each kind, for each writer; with 1000 every write has its fault
+N_FAULTS = int(os.environ.get("FLASHMOE_FAULTS", "20"))
 MINE = "notes of somebody else.txt"
 
 
@@ -80,26 +83,27 @@ def assert_survived(case, target: Path, error, failing: Failing, number: int) ->
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
-def test_a_fault_at_every_write(case, memory, monkeypatch, code):
-    """Once and for all on a full disk, once on a broken one."""
+def test_a_fault_at_any_write(case, memory, monkeypatch, code):
+    """From then on where the disk is full, once where it is broken."""
     name, source, _ = case
-    shutil.rmtree(memory / "fault", ignore_errors=True)
-    number, n_told = 1, 0
-    forever = code == errno.ENOSPC
-    while True:
-        target = memory / "fault"
-        failing = Failing(number, code, CHANGES, forever)
+    target, n_told = memory / "fault", 0
+    shutil.rmtree(target, ignore_errors=True)
+    counted = Failing(0, kinds=CHANGES)
+    run_with_fault(name, source, target, counted, monkeypatch)
+    shutil.rmtree(target)
+    chosen = range(1, counted.n + 1)
+    if counted.n > N_FAULTS:
+        chosen = sorted(random.Random(f"{name} {code}").sample(chosen, N_FAULTS))
+    for number in chosen:
+        failing = Failing(number, code, CHANGES, code == errno.ENOSPC)
         error = run_with_fault(name, source, target, failing, monkeypatch)
-        if failing.path is None:
-            break
+        if failing.path is None:  # threads: this run had fewer events
+            continue
         assert_survived(case, target, error, failing, number)
         tally.count(f"write faults of {name}")
         n_told += error is not None
         shutil.rmtree(target)
-        number += 1 if number < 12 else 3
-    assert n_told > 5, "hardly a fault was told"
-    assert error is None
-    shutil.rmtree(target)
+    assert n_told > len(chosen) // 2, "hardly a fault was told"
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
