@@ -22,6 +22,7 @@ from .bargain_views import (
     say_point,
     say_side_by_side,
 )
+from .errors import FlashMoeError
 from .widgets import Explorer
 
 WIDE = {"width": "80%"}
@@ -75,7 +76,11 @@ class SideBySide(VBox):
     def _update(self, _change: object = None) -> None:
         prompt = self.controls["prompt"].value or " "
         names = (self.controls[side].value for side in ("left", "right"))
-        both = [self._run(name, prompt) for name in names]
+        try:
+            both = [self._run(name, prompt) for name in names]
+        except FlashMoeError as error:  # a callback's exceptions are shown nowhere
+            self.text.value, self.answers.value = escape(f"{error}"), ""
+            return
         self.text.value = escape(say_side_by_side(*both))
         self.answers.value = html_side_by_side(*both)
 

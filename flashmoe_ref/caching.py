@@ -15,6 +15,7 @@ from .config import ModelConfig
 from .errors import ConfigError
 from .policies import HALF_LIFE, LIVE_POLICIES, Slots, make_slots, most_frequent
 from .predictors import Predictor, make_predictor
+from .ranges import is_whole
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,19 @@ class Caching:
         """
         kinds = [0] * n_layers if kinds is None else kinds
         n_all = n_layers * n_experts
-        if self.slots is not None and not k <= self.slots <= n_experts:
+        if self.slots is not None and not is_whole(self.slots, k, n_experts):
             raise ConfigError(
                 f"slots={self.slots} is outside {k}..{n_experts}: a layer needs a slot "
                 f"for each of the {k} experts of a token, and has {n_experts} experts"
             )
-        if self.budget is not None and not k <= self.budget <= n_all:
+        if self.budget is not None and not is_whole(self.budget, k, n_all):
             raise ConfigError(
                 f"budget={self.budget} is outside {k}..{n_all}: the layers together "
                 f"need slots for the {k} experts of a token, and have {n_all} experts"
             )
         if self.slots is not None and self.budget is not None:
             raise ConfigError("give slots (of each layer) or budget (of all), not both")
-        if self.policy not in LIVE_POLICIES:
+        if not isinstance(self.policy, str) or self.policy not in LIVE_POLICIES:
             names = ", ".join(LIVE_POLICIES)
             raise ConfigError(f"policy={self.policy!r} is not one of {names}")
         pins, n_ahead = self.pins(n_layers, n_experts), 0
@@ -148,8 +149,8 @@ def make_caching(
     shape = config.num_hidden_layers, config.num_experts
     picks = None if profile is None else _read_profile(profile, *shape)
     pinned = predictor = None
-    if pin:
-        if pin < 0 or picks is None:
+    if not is_whole(pin, 0, 0):
+        if not is_whole(pin, 1) or picks is None:
             raise ConfigError(
                 f"pin={pin}: give a number of experts, and in profile= a recorded "
                 f"trace that tells which are used most"

@@ -13,6 +13,7 @@ from html import escape
 
 from ipywidgets import HTML, Button, HBox, Label, Layout, Text, VBox
 
+from .errors import FlashMoeError
 from .tool_chat import Event, ToolChat
 
 _STYLE = {
@@ -95,7 +96,10 @@ class ChatBox(VBox):
         super().__init__([HBox([self.field, self.button]), HBox(panes)])
 
     def send(self) -> Sequence[str]:
-        """Send what is in the field to every chat; returns their answers."""
+        """Send what is in the field to every chat; returns their answers.
+
+        An error is shown in the transcript.
+        """
         message = self.field.value.strip()
         if not message:
             return ()
@@ -105,7 +109,10 @@ class ChatBox(VBox):
             for name, chat in self._chats.items():
                 pane = self.transcripts[name]
                 pane.add("you", message)
-                answers.append(pane.stream(chat.say(message)))
+                try:
+                    answers.append(pane.stream(chat.say(message)))
+                except FlashMoeError as error:  # else it would be shown nowhere
+                    pane.add("error", f"{error}")
             self.field.value = ""
             return answers
         finally:

@@ -132,14 +132,20 @@ def make_tasks(args: Namespace):
     sets = args.sets or [path for name in ("tool", "json") if (path := _set(name))]
     if not texts:
         raise ConfigError("no text to measure on: name one with --text")
-    sizes = QUICK if args.quick else FULL
-    n_sampled = args.sampled or 0
+    sizes = dict(QUICK if args.quick else FULL)
+    for name, low in (("tokens", 2), ("prompts", 1), ("sampled", 0)):
+        wanted = getattr(args, name)
+        if wanted is not None and wanted < low:
+            raise ConfigError(f"--{name} {wanted}: give {low} or more")
+        if wanted is not None:
+            sizes[name] = wanted
+    n_sampled = sizes.get("sampled", 0)
     return Tasks(
         texts=tuple(texts[:-1] or texts),
         calibration=texts[-1] if len(texts) > 1 else None,
         sets=tuple(sets),
-        n_tokens=args.tokens or sizes["tokens"],
-        n_prompts=args.prompts or sizes["prompts"],
+        n_tokens=sizes["tokens"],
+        n_prompts=sizes["prompts"],
         n_continued=sizes["continued"],
         seeds=(0,) if n_sampled else (),
         n_sampled=n_sampled,

@@ -80,7 +80,7 @@ def run(args: Namespace, say: Callable[[str], None]) -> None:
     from .writing import write_small
 
     config = PRESETS[args.preset]
-    k = args.k or config.num_experts_per_tok
+    k = config.num_experts_per_tok if args.k is None else args.k
     config.with_experts_per_token(k)
     _check(args)
     dense_bits = 4

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import ConfigError
+from .ranges import is_whole
 from .small_files import parse_json, read_text
 
 SUPPORTED_MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
@@ -77,13 +78,13 @@ class ModelConfig:
 
         Raises: ConfigError unless 1 <= k <= the trained value; more was never trained.
         """
-        if not 1 <= k <= self.num_experts_per_tok:
+        if not is_whole(k, 1, self.num_experts_per_tok):
             raise ConfigError(
                 f"k={k} is outside 1..{self.num_experts_per_tok}, "
                 f"the number of experts per token that this model was trained with; "
                 f"choose a value in that range"
             )
-        return replace(self, num_experts_per_tok=k)
+        return replace(self, num_experts_per_tok=int(k))
 
     @classmethod
     def from_json(cls, path: str | Path) -> "ModelConfig":

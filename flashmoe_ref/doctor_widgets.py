@@ -9,10 +9,12 @@ from functools import cache
 
 from ipywidgets import IntSlider, SelectionSlider
 
+from .errors import ConfigError
 from .machines import Machine, machine
 from .planner_fit import sizes_of_published
 from .planner_views import MEMORY_GB, doctor_view, draw_doctor, say_doctor
-from .widgets import Explorer
+from .ranges import is_whole
+from .widgets import Explorer, one_of
 
 DISK_GB_S = (0.5, 1, 2, 3, 5.5, 7, 12.6, 17.5, 25, 50, 100)
 BITS = (2, 3, 4, 8)
@@ -29,21 +31,30 @@ def doctor_explorer(
 
     place: the machine that memory and disk are changed of; an M3 Max by default. It
     starts with the memory and the disk of the sliders that are nearest to its own.
+    Raises: ConfigError for a k or bits that the sliders do not have.
     """
-    place = place or machine("m3-max-48")
+    place, trained_k = (
+        place or machine("m3-max-48"),
+        sizes_of_published(model).trained_k,
+    )
+    if not is_whole(k, 1, trained_k):
+        raise ConfigError(f"k={k!r} is outside 1..{trained_k}")
     controls = {
         "memory": _slider("memory (GB)", MEMORY_GB, place.memory_gb),
         "disk": _slider("disk (GB/s)", DISK_GB_S, place.disk_gb_s),
         "K": IntSlider(
             k,
             min=1,
-            max=sizes_of_published(model).trained_k,
+            max=trained_k,
             description="K",
             continuous_update=False,
             style=STYLE,
         ),
         "bits": SelectionSlider(
-            options=BITS, value=bits, description="bits", style=STYLE
+            options=BITS,
+            value=one_of("bits", bits, BITS),
+            description="bits",
+            style=STYLE,
         ),
     }
     view = cache(lambda *choice: doctor_view(*choice, model, place))

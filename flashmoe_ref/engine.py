@@ -22,6 +22,7 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import ConfigError, NumericError, RoutingError
 from .experts import PACKED_FOLDER, ExpertFiles, experts_in_place, packed_experts
+from .numpy_model import check_ids
 from .report import Meter, Report, make_report
 from .routing_cut import RoutingCut, make_cut
 from .slots import MakeBank, SlotBank
@@ -85,6 +86,12 @@ def load(
     """
     _check_choice("engine", engine, ENGINES)
     _check_choice("experts", experts, EXPERTS)
+    _check_switches(
+        compiled=compiled,
+        bypass_page_cache=bypass_page_cache,
+        guards=guards,
+        verify_reads=verify_reads,
+    )
     checkpoint = replace(Checkpoint.open(path), guards=guards)
     config = checkpoint.config
     if k is not None:
@@ -148,8 +155,14 @@ def load(
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
+
+
+def _check_switches(**switches: bool) -> None:
+    for name, value in switches.items():
+        if not isinstance(value, bool | np.bool_):  # "off" would count as on
+            raise ConfigError(f"{name}={value!r} must be True or False")
 
 
 def _choose_engine(engine: str) -> str:
@@ -277,6 +290,7 @@ class Model:
         Raises: ConfigError for ids that the model cannot take, and for a state that an
         error left in the middle of a step; ReadError, NumericError.
         """
+        check_ids(ids, state.n_tokens, self.config)  # all, before the first is computed
         self.store.check_unchanged()
         start = time.perf_counter()
         rows = []

@@ -6,8 +6,12 @@
 import json
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from .engine import Model
 from .errors import ConfigError
+from .numpy_model import check_ids
+from .ranges import is_whole
 from .sampling import Sampler, Sampling
 
 
@@ -26,7 +30,14 @@ def generate(
     Raises: ConfigError at once for bad settings or a prompt that does not fit.
     """
     tokenizer = model.tokenizer
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    elif isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes):
+        ids = list(prompt)
+    else:
+        raise ConfigError(
+            f"prompt: give text or a list of token ids, not {type(prompt).__name__}"
+        )
     tokens = generate_ids(model, ids, max_tokens, **sampling)
     return _as_text(model, tokens)
 
@@ -42,9 +53,8 @@ def generate_ids(
 
     state: continue from this state, which ids have not been fed to yet (default: new).
     """
-    sampler = Sampler(_sampling(sampling), ids, model.tokenizer.n_real_ids)
-    if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"max_tokens={max_tokens} must be at least 1")
+    settings = _sampling(sampling)
+    check_max_tokens(max_tokens)
     state = model.new_state() if state is None else state
     limit = model.config.max_position_embeddings
     n_after_prompt = state.n_tokens + len(ids)
@@ -53,10 +63,20 @@ def generate_ids(
             f"the prompt makes {n_after_prompt:,} tokens, the model takes fewer than "
             f"{limit:,}; shorten it"
         )
+    check_ids(ids, state.n_tokens, model.config)
+    sampler = Sampler(settings, ids, model.tokenizer.n_real_ids)
     n_most = limit - n_after_prompt
     if max_tokens is not None:
         n_most = min(n_most, max_tokens)
     return _decode_loop(model, ids, n_most, state, sampler)
+
+
+def check_max_tokens(max_tokens: int | None) -> None:
+    """Raises: ConfigError."""
+    if max_tokens is not None and not is_whole(max_tokens, 1):
+        raise ConfigError(
+            f"max_tokens={max_tokens!r} must be a whole number of at least 1, or None"
+        )
 
 
 def _decode_loop(
@@ -161,6 +181,7 @@ class ChatSession:
 
     def _turn(self, new: list[dict], max_tokens: int | None) -> Iterator[str]:
         """Feed what is new and decode an answer; the messages change at its end."""
+        check_max_tokens(max_tokens)
         messages = self.messages + new
         prompt = self._encode(messages, True)
         history = self._encode(messages, False)

@@ -308,7 +308,10 @@ def check_ids(ids: Sequence[int], n_before: int, config: ModelConfig) -> None:
 
     Raises: ConfigError for no ids, ids outside the vocabulary, or a text too long.
     """
-    ids = np.asarray(ids)
+    try:
+        ids = np.asarray(ids)
+    except (ValueError, OverflowError):  # lists of several lengths, for example
+        raise ConfigError("token ids must be a flat list of integers") from None
     if ids.size == 0:
         raise ConfigError("no token ids: give at least one")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":

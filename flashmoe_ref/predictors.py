@@ -141,8 +141,8 @@ def make_predictor(
     run, for the predictors that learn; they go on learning.
     Raises: ConfigError for an unknown name or an impossible number.
     """
-    name, _, number = wanted.partition(":")
-    if name not in PREDICTORS:
+    name, _, number = f"{wanted}".partition(":")
+    if not isinstance(wanted, str) or name not in PREDICTORS:
         raise ConfigError(f"prefetch={wanted!r} is not one of {', '.join(PREDICTORS)}")
     n = int(number) if number.isdecimal() else 0 if number else k
     if not 1 <= n <= n_experts:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import ConfigError
+from .ranges import is_number
 from .streaming import Counters
 
 KEPT = ("renormalized", "as-routed")
@@ -36,9 +37,9 @@ class RoutingCut:
     scale: np.ndarray | None = None  # (L,): factor of the routed experts' output
 
     def __post_init__(self) -> None:
-        if self.kept not in KEPT:
+        if not isinstance(self.kept, str) or self.kept not in KEPT:
             raise ConfigError(f"kept={self.kept!r} is not one of {', '.join(KEPT)}")
-        if self.mass is not None and not 0 < self.mass <= 1:
+        if self.mass is not None and not (is_number(self.mass) and 0 < self.mass <= 1):
             raise ConfigError(
                 f"mass={self.mass} is outside 0..1: it is the share of the router's "
                 f"weight that the kept experts must hold, for example 0.8"
@@ -102,13 +103,17 @@ def make_cut(
 ) -> RoutingCut:
     """From the options of `load`. Raises: ConfigError."""
     if scale is not None:
-        scale = np.asarray(scale, np.float32)
+        wanted = (
+            f"output_scale: give a positive factor for each of the {n_layers} layers, "
+            f"as calibrate.calibrate_output_scale measures them"
+        )
+        try:
+            scale = np.asarray(scale, np.float32)
+        except (ValueError, TypeError, OverflowError):
+            raise ConfigError(wanted) from None
         good = scale.shape == (n_layers,) and np.isfinite(scale).all()
         if not good or (scale <= 0).any():
-            raise ConfigError(
-                f"output_scale: give a positive factor for each of the {n_layers} "
-                f"layers, as calibrate.calibrate_output_scale measures them"
-            )
+            raise ConfigError(wanted)
     return RoutingCut(k, trained_k, kept, mass, scale)
 
 

@@ -12,6 +12,19 @@ import numpy as np
 
 from .errors import ConfigError
 from .layers import softmax
+from .ranges import is_number, is_whole
+
+WHOLE = ("top_k", "seed")
+LIMITS = {  # setting -> what is allowed, in code and in words
+    "temperature": (lambda x: x >= 0, "a number of at least 0"),
+    "top_k": (lambda x: x >= 0, "a whole number of at least 0"),
+    "top_p": (lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "a number between 0 and 1"),
+    # further out, scores overflow
+    "repetition_penalty": (lambda x: 1e-3 <= x <= 1e3, "a number in 0.001..1000"),
+    "presence_penalty": (lambda x: True, "a finite number"),
+    "seed": (lambda x: x >= 0, "a whole number of at least 0"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,22 +40,11 @@ class Sampling:
     seed: int = 0  # same seed, same text
 
     def __post_init__(self) -> None:
-        limits = (
-            ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            (
-                "repetition_penalty",
-                0 < self.repetition_penalty < float("inf"),
-                "above 0",
-            ),
-            ("presence_penalty", abs(self.presence_penalty) < float("inf"), "finite"),
-            ("seed", self.seed >= 0, "at least 0"),
-        )
-        for name, is_good, allowed in limits:
-            if not is_good:
-                raise ConfigError(f"{name}={getattr(self, name)} must be {allowed}")
+        for name, (is_good, allowed) in LIMITS.items():
+            value = getattr(self, name)
+            is_kind = is_whole(value, 0) if name in WHOLE else is_number(value)
+            if not is_kind or not is_good(value):
+                raise ConfigError(f"{name}={value!r} must be {allowed}")
 
 
 class Sampler:
@@ -62,7 +64,9 @@ class Sampler:
         if s.temperature == 0:
             token = int(np.argmax(logits))
         else:
-            p = filter_probabilities(softmax(logits / s.temperature), s)
+            with np.errstate(over="ignore"):  # infinitely far below the best is fine
+                scaled = (logits - logits.max()) / s.temperature
+            p = filter_probabilities(softmax(scaled), s)
             token = int(self.rng.choice(len(p), p=p))
         self.generated.add(token)
         return token

@@ -29,11 +29,13 @@ from .errors import ConfigError, NumericError, ReadError
 from .experts import ExpertFiles
 from .headers import stamp
 from .policies import LruSlots
+from .ranges import is_whole
 from .reading import open_file, read_exactly, read_through_buffer
 from .recording import REQUEST, SILENT, WAIT
 from .slots import MakeBank, SlotBank, kinds_of
 from .tickets import Counters, Ticket
 
+MAX_THREADS = 256  # no disk gains by more reads at a time
 INLINE_BYTES = 1 << 20  # fewer missing bytes are read at once: handing over costs more
 
 
@@ -58,8 +60,8 @@ class ExpertStore:
         bypass_page_cache: bool = False,
         checks: Checks = Checks(),  # noqa: B008
     ) -> None:
-        if threads < 1:
-            raise ConfigError(f"threads={threads}: at least one thread must read")
+        if not is_whole(threads, 1, MAX_THREADS):
+            raise ConfigError(f"threads={threads} is outside 1..{MAX_THREADS}")
         self.files, self.caching, self.threads = files, caching, threads
         self.checks = checks  # of experts that were read
         self.n_layers, n_experts = config.num_hidden_layers, config.num_experts

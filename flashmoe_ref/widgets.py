@@ -9,7 +9,7 @@ kernel; a notebook shows the view of the default state above it, for readers wit
 *Used in notebooks/01 to 09.*
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from html import escape
 
@@ -30,12 +30,14 @@ from matplotlib.axes import Axes
 
 from . import cache_views, plots
 from .cache_views import Setting, draw_setting, say_setting
+from .errors import ConfigError, FlashMoeError
 from .flash_views import Tradeoffs, draw_tradeoff, say_tradeoff
 from .hardware import in_kib
 from .overlap_views import Timeline, draw_timelines, say_timeline, timeline
 from .probe_disk import DiskProbe
 from .probe_views import draw_bandwidth, modes_of, say_bandwidth
 from .quantize import BITS, GROUP_SIZES, RULES
+from .ranges import is_whole
 from .simulator import Requests
 from .slot_views import Frame, draw_frame, say_frame
 from .trace import Trace
@@ -77,11 +79,26 @@ class Explorer(VBox):
 
     def _update(self, _change: object = None) -> None:
         values = [control.value for control in self.controls.values()]
-        self.text.value = escape(self._say(*values))
-        self.picture.value = plots.png(self._draw(*values))
+        try:
+            self.text.value = escape(self._say(*values))
+            self.picture.value = plots.png(self._draw(*values))
+        except FlashMoeError as error:  # a callback's exceptions are shown nowhere
+            self.text.value = escape(f"{error}")
+
+
+def one_of(name: str, value: object, options: Iterable) -> object:
+    """The value of a control at the start. Raises: ConfigError if it has no such."""
+    options = list(options)
+    if value not in options:
+        known = ", ".join(str(option) for option in options)
+        raise ConfigError(f"{name}={value!r} is not one of {known}")
+    return value
 
 
 def _slider(name: str, low: int, high: int, value: int) -> IntSlider:
+    """Raises: ConfigError for a value out of range, which a slider would move."""
+    if not is_whole(value, low, high):
+        raise ConfigError(f"{name}={value!r} is outside {low}..{high}")
     # Not continuous: each value draws a figure, and drawing takes longer than moving.
     return IntSlider(
         value, min=low, max=high, description=name, continuous_update=False
@@ -156,11 +173,17 @@ def quantization_explorer(
     """
     view = cache(lambda *choice: quantized_view(w, *choice))
     controls = {
-        "bits": SelectionSlider(options=BITS, value=bits, description="bits"),
-        "group": SelectionSlider(
-            options=GROUP_SIZES, value=group_size, description="group"
+        "bits": SelectionSlider(
+            options=BITS, value=one_of("bits", bits, BITS), description="bits"
         ),
-        "rule": Dropdown(options=list(RULES), value=rule, description="rule"),
+        "group": SelectionSlider(
+            options=GROUP_SIZES,
+            value=one_of("group_size", group_size, GROUP_SIZES),
+            description="group",
+        ),
+        "rule": Dropdown(
+            options=list(RULES), value=one_of("rule", rule, RULES), description="rule"
+        ),
     }
     return Explorer(
         controls,
@@ -253,7 +276,7 @@ def hit_rate_explorer(
     controls = {
         "policy": Dropdown(
             options=[(names[name], name) for name in cache_views.POLICIES],
-            value=policy,
+            value=one_of("policy", policy, cache_views.POLICIES),
             description="policy",
         ),
         "slots": _slider("slots", largest, n_experts, slots),
@@ -273,10 +296,14 @@ def flash_explorer(found: Tradeoffs, window: int, threshold: float) -> Explorer:
     """
     controls = {
         "window": SelectionSlider(
-            options=found.windows, value=window, description="window"
+            options=found.windows,
+            value=one_of("window", window, found.windows),
+            description="window",
         ),
         "threshold": SelectionSlider(
-            options=found.thresholds, value=threshold, description="threshold"
+            options=found.thresholds,
+            value=one_of("threshold", threshold, found.thresholds),
+            description="threshold",
         ),
     }
     return Explorer(

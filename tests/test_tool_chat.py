@@ -379,3 +379,17 @@ def test_two_models_side_by_side() -> None:
     with pytest.raises(IndexError):  # the scripts are at their end
         box.send()
     assert not box.button.disabled
+
+
+def test_an_error_is_shown_in_the_transcript_that_met_it() -> None:
+    class Full(Scripted):
+        def say(self, text, max_tokens):
+            raise ConfigError("<b>601</b> tokens exceed the maximum")
+
+    kinds = {"full": Full, "good": Scripted}
+    chats = {name: ToolChat(kind("42"), EXAMPLES) for name, kind in kinds.items()}
+    box = ChatBox(chats, "go")
+    assert box.send() == ["42"] and not box.button.disabled
+    parts = box.transcripts["full"].parts
+    assert parts == [("you", "go"), ("error", "<b>601</b> tokens exceed the maximum")]
+    assert "error: &lt;b&gt;601" in box.transcripts["full"].children[-1].value
