@@ -335,12 +335,12 @@ class Model:
         return logits
 
     def _not_finite(self, what: str, ids: Sequence[int], state: object) -> NumericError:
-        found = "where is not known"
-        if self.mode["engine"] != "mlx":
-            from .first_nan import first_nan
+        from .first_nan import first_nan, steps
 
-            place = first_nan(self.engine, ids, state)
-            found = f"the first is in {place}" if place else "not when computed again"
+        if self.mode["engine"] == "mlx":
+            from .first_nan_mlx import steps
+        place = first_nan(self.engine, ids, state, steps)
+        found = f"the first is in {place}" if place else "not when computed again"
         return NumericError(
             f"{self.path}: {what} with engine {self.mode['engine']} ({found}); check "
             f"the files with 'flashmoe verify', and try the other engine"

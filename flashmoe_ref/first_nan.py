@@ -7,7 +7,7 @@ the first step whose result is not finite is to blame: what went into it was.
 shows where the state is used. *Taught in notebooks/04.*
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 
@@ -20,10 +20,13 @@ from .streaming import Counters
 Steps = Generator[tuple[str, np.ndarray], None, np.ndarray]
 
 
-def first_nan(model: NumpyModel, ids: Sequence[int], state: State) -> str | None:
+def first_nan(
+    model: object, ids: Sequence[int], state: State, steps: Callable[..., Steps]
+) -> str | None:
     """The module whose result is the first that is not finite; None: all are.
 
-    ids are tokens whose logits were no numbers, state what they left behind.
+    ids are tokens whose logits were no numbers, state what they left behind. steps are
+    those of the engine: of this file, or of `first_nan_mlx.py`.
     Raises: ReadError, NumericError from reading experts again.
     """
     store = model.store
@@ -31,7 +34,7 @@ def first_nan(model: NumpyModel, ids: Sequence[int], state: State) -> str | None
     store.recorder, store.counters = SILENT, Counters()
     try:
         with np.errstate(all="ignore"):  # NumPy's warnings would only repeat it
-            for place, values in _steps(model, np.asarray(ids), state.snapshot()):
+            for place, values in steps(model, np.asarray(ids), state.snapshot()):
                 if not np.isfinite(values).all():
                     return place
         return None
@@ -39,7 +42,7 @@ def first_nan(model: NumpyModel, ids: Sequence[int], state: State) -> str | None
         store.recorder, store.counters = kept
 
 
-def _steps(model: NumpyModel, ids: np.ndarray, state: State) -> Steps:
+def steps(model: NumpyModel, ids: np.ndarray, state: State) -> Steps:
     """What each module makes of the tokens, in the order of `NumpyModel.forward`."""
     x = model.embed(ids)
     yield "embed_tokens", x

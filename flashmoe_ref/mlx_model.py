@@ -47,6 +47,7 @@ from . import gpu_kernels, recording
 from . import mlx_layers as layers
 from .checkpoint import Checkpoint
 from .config import ModelConfig
+from .guards import check_routing
 from .mlx_layers import AttentionState, DeltaState
 from .mlx_slots import bank_matrices, widened_bytes
 from .mlx_weights import linear, to_matrix, to_stack, widen
@@ -250,9 +251,13 @@ class MlxModel:
     def route(
         self, layer: int, experts: mx.array, weights: mx.array
     ) -> tuple[np.ndarray, np.ndarray]:
-        """For Python: each token's experts and their weights. Shapes: all (T, K)."""
+        """For Python: each token's experts and their weights. Shapes: all (T, K).
+
+        Raises: RoutingError for scores that are no numbers.
+        """
         chosen = np.array(experts, copy=False).astype(int)
         shares = np.array(weights, copy=False)
+        check_routing(layer, shares)
         if self.cut is None:
             return chosen, shares
         return self.cut.apply(layer, chosen, shares, self.store.counters)

@@ -35,7 +35,7 @@ from .recording import REQUEST, SILENT, WAIT
 from .slots import MakeBank, SlotBank, kinds_of
 from .tickets import Counters, Ticket
 
-MAX_THREADS = 256  # no disk gains by more reads at a time
+MAX_THREADS = 1024  # no disk gains by more reads at a time
 INLINE_BYTES = 1 << 20  # fewer missing bytes are read at once: handing over costs more
 
 

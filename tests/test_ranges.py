@@ -60,7 +60,7 @@ LOAD = {  # setting: (more settings, values out of range, words of the error)
     "k": ({}, [0, -1, K + 1, 10**30], r"k=.* is outside 1\.\.3"),
     "slots": ({}, [0, K - 1, N_EXPERTS + 1], r"slots=.* is outside 3\.\.8"),
     "budget": ({}, [0, K - 1, 33, -5], r"budget=.* is outside 3\.\.32"),
-    "threads": ({}, [0, -1, 257, 10**30, None], r"threads=.* is outside 1\.\.256"),
+    "threads": ({}, [0, -1, 1025, 10**30, None], r"threads=.* is outside 1\.\.1024"),
     "pin": ({"slots": 5, "profile": np.zeros((2, 4, 3))}, [-1, None], r"pin=.*number"),
     "mass": ({}, [0, -0.1, 1.1, 10**30], r"mass=.* is outside 0\.\.1"),
     "kept": ({}, [None, "all", 3], "kept=.* is not one of renormalized, as-routed"),
@@ -204,7 +204,7 @@ GENERATE = {
     "--k": (["0", "-1", "4", "2.5", "nan", "True", ""], r"1\.\.3|invalid int"),
     "--slots": (["0", "9", "2.0", "inf"], r"3\.\.8|invalid int"),
     "--budget": (["0", "33", "1e3"], r"3\.\.32|invalid int"),
-    "--threads": (["0", "-3", "257"], r"1\.\.256"),
+    "--threads": (["0", "-3", "1025"], r"1\.\.1024"),
     "--pin": (["-1", "x"], "pin=-1|invalid int"),
     "--mass": (["0", "1.5", "nan", "inf", "-1", "x"], r"0\.\.1|invalid float"),
     "--kept": (["all"], "renormalized, as-routed"),
@@ -220,8 +220,8 @@ GENERATE = {
 OTHERS = {
     "rehearse": {
         "--k": (["0", "-1", "99"], r"1\.\.10"),
-        "--tokens": (["0", "-1"], "give 1 or more"),
-        "--threads": (["0"], "give 1 or more"),
+        "--tokens": (["0", "-1"], "give 1 to 100,000"),
+        "--threads": (["0"], "give 1 to 1,024"),
     },
     "evaluate": {
         "--tokens": (["0", "1", "-5"], "give 2 or more"),
