@@ -97,13 +97,15 @@ def test_killed_at_any_event(case, tmp_path):
     for kill_at in chosen:
         target = tmp_path / f"{kill_at}"
         exitcode = case.run_killed(target, kill_at)
-        assert exitcode == -signal.SIGKILL, kill_at
+        # what a server sends comes in more pieces or fewer, so the last may be missing
+        may_end = case.name == "fetch" and kill_at > 0.8 * case.n_events
+        assert exitcode == -signal.SIGKILL or may_end, kill_at
         assert_nothing_half_written(case, target)
         case.run(target)
         where = f"killed at event {kill_at} of {case.n_events}"
         assert digests(target) == case.unbroken, where
         shutil.rmtree(target)
-        tally.count(f"kills of {case.name}")
+        tally.count(f"kills of {case.name}", exitcode == -signal.SIGKILL)
 
 
 def test_killed_again_and_again(case, tmp_path):
@@ -128,7 +130,7 @@ def test_killed_at_any_time(case, tmp_path):
         args = (case.name, case.source, target, 0)
         child = context.Process(target=run_killed, args=args)
         child.start()
-        time.sleep(delays.uniform(0, 0.01 + 2 * case.seconds))
+        time.sleep(delays.uniform(0, 0.01 + case.seconds))
         child.kill()
         child.join()
         assert_nothing_half_written(case, target)
