@@ -174,3 +174,7 @@ def test_impossible_figures(wrong: object) -> None:
 def test_arithmetic_only() -> None:
     names = {n for n in vars(overlap) if not n.startswith("_")}
     assert not names & {"np", "time", "load"}
+
+
+def test_a_share_next_to_nothing_wins_nothing() -> None:
+    assert best_speedup(Ahead(recall=5e-324, waste=0.0)) == 1.0  # once: not a number
