@@ -1,20 +1,28 @@
 """A conversation rendered to a prompt by the checkpoint's own Jinja2 template.
 
-Set up as Hugging Face's `apply_chat_template` does, so model files work as they are.
+Set up as Hugging Face's `apply_chat_template` does, so model files work as they are;
+but run in a process of its own, with limits: see `template_process.py`.
 **But:** text only; one template; no date or generation-mask helpers.
 *Taught in notebooks/04.*
 """
 
+import atexit
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from .errors import TokenizerError
 
 THINK, THINK_END = "<think>", "</think>"
+# -P: the script's folder is the package, whose names are not for other programs
+COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("template_process.py")))
 
 
 class ChatTemplate:
@@ -39,32 +47,79 @@ class ChatTemplate:
     ) -> str:
         """The prompt text. enable_thinking is left to the template if None.
 
-        Raises: TokenizerError if the template is invalid or refuses the messages.
+        Raises: TokenizerError if the template is invalid, refuses the messages, or
+                takes too much time or memory.
         """
         values: dict[str, Any] = dict(self._named_tokens)
         values |= {"messages": [prepare_message(message) for message in messages]}
         values |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
         if enable_thinking is not None:
             values["enable_thinking"] = enable_thinking
-        template = self._compiled
-        try:
-            return template.render(values)
-        except Exception as error:  # a template can fail in any way that Python can
+        request = json.dumps({"source": self.source, "values": values}, default=str)
+        answer = _process.ask(request)
+        if "text" in answer:
+            return answer["text"]
+        if "invalid" in answer:
+            line = f", line {answer['line']}" if answer["line"] else ""
             raise TokenizerError(
-                f"{self.where}: the chat template refused this conversation: "
-                f"{_one_line(error)}; check its roles, contents and tools"
-            ) from error
+                f"{self.where}: invalid chat template{line}: {answer['invalid']}; "
+                f"download the model's template again"
+            )
+        raise TokenizerError(
+            f"{self.where}: the chat template refused this conversation: "
+            f"{answer['refused']}; check its roles, contents and tools"
+        )
 
-    @cached_property
-    def _compiled(self) -> Any:
-        try:
-            return _environment().from_string(self.source)
-        except Exception as error:  # also nested too deeply, or a number too long
-            line = f", line {error.lineno}" if hasattr(error, "lineno") else ""
-            raise TokenizerError(
-                f"{self.where}: invalid chat template{line}: "
-                f"{_one_line(error)}; download the model's template again"
-            ) from error
+
+class _Process:
+    """The process that runs templates; started when it is first asked."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._child: subprocess.Popen | None = None
+        self._owner = 0  # the process that started it; a fork of it starts its own
+
+    def ask(self, request: str) -> dict[str, Any]:
+        """Send one line of JSON, wait for the answer."""
+        with self._lock:
+            if self._child is None or self._owner != os.getpid():
+                self._start()
+            try:
+                with suppress(BrokenPipeError):  # it was ended, and says no more
+                    self._child.stdin.write(request.encode() + b"\n")
+                    self._child.stdin.flush()
+                line = self._child.stdout.readline()
+            except BaseException:  # an answer that comes later is for nobody
+                self.stop()
+                raise
+            if line.endswith(b"\n"):
+                return json.loads(line)
+            code = self._child.wait()
+            self.stop()
+        why = f"too much time or memory, so its process was ended ({code})"
+        return {"refused": f"it takes {why}"}
+
+    def _start(self) -> None:
+        pipe = subprocess.PIPE
+        self._owner = os.getpid()
+        self._child = subprocess.Popen(
+            COMMAND,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the process that asked
+        )
+
+    def stop(self) -> None:
+        """End it; the next request starts another."""
+        child, self._child = self._child, None
+        if child is not None and self._owner == os.getpid():
+            child.kill()
+            child.communicate()  # closes the pipes and waits
+
+
+_process = _Process()
+atexit.register(_process.stop)
 
 
 def prepare_message(message: dict[str, Any]) -> dict[str, Any]:
@@ -121,44 +176,8 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def unused_character(text: str) -> str:
-    """A character, for private use in Unicode, that the text does not contain."""
+def unused_characters(text: str, n: int) -> list[str]:
+    """n characters, for private use in Unicode, that the text does not contain."""
     used = set(text)
-    return next(chr(code) for code in range(0xE000, 0x110000) if chr(code) not in used)
-
-
-def _environment() -> Any:
-    """Templates come from strangers: sandboxed, and unable to change their inputs."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Replaces Jinja2's own filter, which would write < as \\u003c."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    free = (chr(code) for code in range(0xE000, 0x110000) if chr(code) not in used)
+    return list(islice(free, n))

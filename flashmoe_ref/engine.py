@@ -7,11 +7,13 @@ engine all of these give the same logits to the bit; the engines agree up to rou
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
+from threading import RLock
 from typing import Self
 
 import numpy as np
@@ -31,6 +33,9 @@ from .streaming import Counters, ExpertStore
 ENGINES = ("auto", "numpy", "mlx")
 EXPERTS = ("stream", "packed", "resident")
 PREFILL_CHUNK = 512  # tokens of a prompt processed at a time
+# One for all models of a process: Numba's plainest pool of threads, which macOS has,
+# ends the process when two threads enter it.
+_one_at_a_time = RLock()
 
 
 def load(
@@ -253,7 +258,12 @@ def _bits(files: ExpertFiles) -> object:
 
 
 class Model:
-    """A loaded model: its configuration, its engine, its experts and its tokenizer."""
+    """A loaded model: its configuration, its engine, its experts and its tokenizer.
+
+    Any number of threads may use one, each with states of its own: an engine computes
+    from slots that the next request refills, so one call is made at a time and the
+    others wait. In a notebook, what a widget calls may run in such a thread.
+    """
 
     def __init__(
         self,
@@ -270,6 +280,7 @@ class Model:
         self.store = store
         self.mode = mode
         self.meter = Meter()
+        self._is_closed = False
 
     @cached_property
     def tokenizer(self):
@@ -278,9 +289,18 @@ class Model:
 
         return Tokenizer.from_dir(self.path)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other threads' calls waiting. Raises: ConfigError if it is closed."""
+        with _one_at_a_time:
+            if self._is_closed:
+                raise ConfigError(f"{self.path}: this model is closed; load it again")
+            yield
+
     def new_state(self):
         """The state before the first token."""
-        return self.engine.new_state()
+        with self.alone():
+            return self.engine.new_state()
 
     def prefill(
         self, ids: Sequence[int], state: object, all_logits: bool = False
@@ -290,15 +310,16 @@ class Model:
         Raises: ConfigError for ids that the model cannot take, and for a state that an
         error left in the middle of a step; ReadError, NumericError.
         """
-        check_ids(ids, state.n_tokens, self.config)  # all, before the first is computed
-        self.store.check_unchanged()
-        start = time.perf_counter()
         rows = []
-        for first in range(0, max(len(ids), 1), PREFILL_CHUNK):
-            chunk = ids[first : first + PREFILL_CHUNK]
-            rows.append(self._step(chunk, state, all_logits))
-        self.meter.prompt_tokens += len(ids)
-        self.meter.prefill_s += time.perf_counter() - start
+        with self.alone():
+            check_ids(ids, state.n_tokens, self.config)  # before any is computed
+            self.store.check_unchanged()
+            start = time.perf_counter()
+            for first in range(0, max(len(ids), 1), PREFILL_CHUNK):
+                chunk = ids[first : first + PREFILL_CHUNK]
+                rows.append(self._step(chunk, state, all_logits))
+            self.meter.prompt_tokens += len(ids)
+            self.meter.prefill_s += time.perf_counter() - start
         return np.concatenate(rows) if all_logits else rows[-1]
 
     def decode(self, token: int, state: object) -> np.ndarray:
@@ -306,10 +327,11 @@ class Model:
 
         Raises: ConfigError, ReadError, NumericError; see `prefill`.
         """
-        start = time.perf_counter()
-        logits = self._step([token], state)
-        self.meter.generated_tokens += 1
-        self.meter.decode_s += time.perf_counter() - start
+        with self.alone():
+            start = time.perf_counter()
+            logits = self._step([token], state)
+            self.meter.generated_tokens += 1
+            self.meter.decode_s += time.perf_counter() - start
         return logits
 
     def _step(
@@ -369,8 +391,10 @@ class Model:
         self.store.counters = Counters()
 
     def close(self) -> None:
-        """Stop the reading threads and close the files."""
-        self.store.close()
+        """Stop the reading threads and close the files, once no call needs them."""
+        with _one_at_a_time:
+            self._is_closed = True
+            self.store.close()
 
     def __enter__(self) -> Self:
         return self

@@ -273,6 +273,8 @@ def _fetch(plan: Plan, check: bool, progress: bool, n_at_once: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(place.blobs.parent if place.is_cache else place.folder):
         if not place.is_cache:
+            for left in place.folder.glob(f".{RECORD_NAME}.*{PARTIAL_SUFFIX}"):
+                left.unlink()  # by a run that was killed
             write_small(place.folder / RECORD_NAME, _record(plan.repository))
         with progress_bar("fetch", plan.n_bytes, progress) as bar:
             bar.update(plan.n_bytes - plan.bytes_to_come)

@@ -5,6 +5,8 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
 
 import numpy as np
 
@@ -84,13 +86,21 @@ def _decode_loop(
 ) -> Iterator[int]:
     stop_ids = model.tokenizer.stop_ids
     logits = model.prefill(ids, state)
+    n_tokens = state.n_tokens
     for i in range(n_most):
         token = sampler.sample(logits)
         if token in stop_ids:
             return
         yield token
         if i + 1 < n_most:  # the last token's successor is never needed
-            logits = model.decode(token, state)
+            with model.alone():  # no other thread comes between
+                if state.n_tokens != n_tokens:
+                    raise ConfigError(
+                        "something else used this text's state while it was being "
+                        "generated; give each text a state of its own"
+                    )
+                logits = model.decode(token, state)
+            n_tokens += 1
 
 
 def _as_text(model: Model, tokens: Iterator[int]) -> Iterator[str]:
@@ -134,7 +144,8 @@ class ChatSession:
 
     The recurrent state cannot be rewound, but the template may render an old answer
     differently from how it was generated (Qwen drops old thoughts). So the state is
-    kept twice: as it is now, and as it was before the last answer.
+    kept twice: as it is now, and as it was before the last answer. Whoever sends a
+    message gives up an answer that is not finished; two threads at once are refused.
     """
 
     def __init__(
@@ -154,7 +165,8 @@ class ChatSession:
             self.messages.append({"role": "system", "content": system})
         self.tool_calls: list = []  # that the last answer asks for
         self.n_reused = 0  # tokens of the last prompt that were already processed
-        self._ids: list[int] = []  # what _state has processed
+        self._lock = Lock()  # held while the state moves
+        self._n_turns = 0
         self._forget()
 
     def say(self, text: str, max_tokens: int | None = 512) -> Iterator[str]:
@@ -182,43 +194,67 @@ class ChatSession:
     def _turn(self, new: list[dict], max_tokens: int | None) -> Iterator[str]:
         """Feed what is new and decode an answer; the messages change at its end."""
         check_max_tokens(max_tokens)
-        messages = self.messages + new
-        prompt = self._encode(messages, True)
-        history = self._encode(messages, False)
-        self._rewind_for(prompt)
-        if prompt[: len(history)] == history and len(history) > len(self._ids):
-            self._prefill(history[len(self._ids) :])
-            self._ids = history
-        if len(self._ids) == len(prompt):
-            raise ConfigError("the chat template opens no turn for the assistant")
-        self._before_answer = (list(self._ids), self._state.snapshot())
-        rest = prompt[len(self._ids) :]
-        tokens = generate_ids(
-            self.model, rest, max_tokens, self._state, **vars(self.sampling)
-        )
-        return self._answer(messages, prompt, tokens)
+        with self._alone():
+            self._n_turns += 1
+            messages = self.messages + new
+            prompt = self._encode(messages, True)
+            history = self._encode(messages, False)
+            self._rewind_for(prompt)
+            n_done = self._state.n_tokens
+            if prompt[: len(history)] == history and len(history) > n_done:
+                self._prefill(history)
+            rest = prompt[self._state.n_tokens :]
+            if not rest:
+                raise ConfigError("the chat template opens no turn for the assistant")
+            self._before_answer = (list(self._ids), self._state.snapshot())
+            tokens = generate_ids(
+                self.model, rest, max_tokens, self._state, **vars(self.sampling)
+            )
+            self._fed = list(prompt)
+            return self._answer(self._n_turns, messages, len(prompt), tokens)
 
     def _answer(
-        self, messages: list[dict], prompt: list[int], tokens: Iterator[int]
+        self, turn: int, messages: list[dict], n_prompt: int, tokens: Iterator[int]
     ) -> Iterator[str]:
+        steps = iter(lambda: self._next(turn, tokens), None)
+        yield from _as_text(self.model, steps)
+        with self._alone(turn):
+            self._remember(messages, self._fed[n_prompt:])
+
+    def _next(self, turn: int, tokens: Iterator[int]) -> int | None:
+        """The answer's next token, None at its end."""
+        with self._alone(turn):
+            try:
+                token = next(tokens, None)
+            except BaseException:
+                self._forget()
+                raise
+            if token is not None:
+                self._fed.append(token)
+            return token
+
+    @contextmanager
+    def _alone(self, turn: int | None = None) -> Iterator[None]:
+        """Let no other thread, and no earlier turn, move the state meanwhile."""
+        if not self._lock.acquire(blocking=False):
+            raise ConfigError(
+                "this chat is at work in another thread; wait for its answer, or give "
+                "each thread a chat of its own"
+            )
+        try:
+            if turn not in (None, self._n_turns):
+                raise ConfigError(
+                    "another message was sent before this answer was finished, "
+                    "which gave it up"
+                )
+            yield
+        finally:
+            self._lock.release()
+
+    def _remember(self, messages: list[dict], answer: list[int]) -> None:
+        """Take an answer, which is complete, into the conversation."""
         from .toolcalls import parse_tool_calls
 
-        answer: list[int] = []
-
-        def remembered() -> Iterator[int]:
-            for token in tokens:
-                answer.append(token)
-                yield token
-
-        try:
-            yield from _as_text(self.model, remembered())
-        except GeneratorExit:  # the caller has seen enough; the state is whole
-            self._ids = (prompt + answer)[: self._state.n_tokens]
-            raise
-        except BaseException:
-            self._forget()
-            raise
-        self._ids = (prompt + answer)[: self._state.n_tokens]
         text = self.model.tokenizer.decode(answer)
         reasoning, thought, text = text.rpartition("</think>")
         content, self.tool_calls = parse_tool_calls(text, self.tools)
@@ -234,16 +270,23 @@ class ChatSession:
             ]
         self.messages = [*messages, message]
 
+    @property
+    def _ids(self) -> list[int]:
+        """What the state has processed; an answer's last token comes after it."""
+        return self._fed[: self._state.n_tokens]
+
     def _prefill(self, ids: list[int]) -> None:
+        """Process the rest of ids, of which the state has the beginning."""
         try:
-            self.model.prefill(ids, self._state)
+            self.model.prefill(ids[self._state.n_tokens :], self._state)
         except BaseException:
             self._forget()
             raise
+        self._fed = ids
 
     def _forget(self) -> None:
         """Start from nothing: a state is undefined after an error inside a layer."""
-        self._ids, self._state = [], self.model.new_state()
+        self._fed, self._state = [], self.model.new_state()
         self._before_answer = ([], self._state.snapshot())
 
     def _encode(self, messages: list[dict], add_generation_prompt: bool) -> list[int]:
@@ -253,12 +296,11 @@ class ChatSession:
 
     def _rewind_for(self, prompt: list[int]) -> None:
         """Keep as much processed text as the new prompt begins with."""
-        if prompt[: len(self._ids)] != self._ids:
+        if prompt[: self._state.n_tokens] != self._ids:
             ids, snapshot = self._before_answer
             if prompt[: len(ids)] == ids:
-                self._ids = list(ids)
+                self._fed = list(ids)
                 self._state.restore(snapshot)
             else:
-                self._ids = []
-                self._state = self.model.new_state()
-        self.n_reused = len(self._ids)
+                self._fed, self._state = [], self.model.new_state()
+        self.n_reused = self._state.n_tokens

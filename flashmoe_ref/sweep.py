@@ -58,7 +58,8 @@ def sweep(
     given = provenance(model_dir, tasks)
     if not table.absolute().parent.is_dir():
         raise ConfigError(f"{table}: there is no such folder")
-    work = table.with_name(f"{table.name}.work")
+    real = table.resolve()  # whatever name it goes by
+    work = real.with_name(f"{real.name}.work")
     with work_folder(work, f"{table}: another sweep is writing it"):
         done = _finished(table, given)
         todo = [setting for setting in settings if setting not in done]

@@ -17,7 +17,7 @@ from .chat_template import (
     ChatTemplate,
     map_strings,
     prepare_message,
-    unused_character,
+    unused_characters,
 )
 from .errors import TokenizerError
 from .tokenizer_files import TokenizerFiles, read_tokenizer_files
@@ -81,15 +81,22 @@ class Tokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which <|im_end|> is ten ordinary characters."""
-        if not self._control_pattern.search(text):
+        normal = _checked(text)
+        if self._backend.normalizer is not None:
+            normal = self._backend.normalizer.normalize_str(normal)
+        # Some tokens are looked for before a text is normalized, others afterwards.
+        if not any(map(self._control_pattern.search, (text, normal))):
             return self.encode(text)
         # The library always matches added tokens first, so run its later steps only.
-        text = _checked(text)
-        if self._backend.normalizer is not None:
-            text = self._backend.normalizer.normalize_str(text)
-        words = self._backend.pre_tokenizer.pre_tokenize_str(text)
-        model = self._backend.model
-        return [token.id for word, _ in words for token in model.tokenize(word)]
+        words = self._backend.pre_tokenizer.pre_tokenize_str(normal)
+        return [token_id for word, _ in words for token_id in self._word_ids(word)]
+
+    def _word_ids(self, word: str) -> list[int]:
+        ids = [token.id for token in self._backend.model.tokenize(word)]
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # The vocabulary has a control token among its words: take it by letters.
+        return [t.id for letter in word for t in self._backend.model.tokenize(letter)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Bytes that are not UTF-8 become U+FFFD, one per bad part.
@@ -134,21 +141,26 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of a conversation in which only the template makes control tokens.
 
-        Control strings in the messages and tools are broken by a mark before the
-        template runs. What still reads as a control token afterwards is the
-        template's own; then the mark goes and all else is encoded as plain text.
+        Where a control string may begin in the messages and tools, its first character
+        is replaced by a stand-in before the template runs. What reads as a control
+        token afterwards is the template's own; then the stand-ins go back and all else
+        is encoded as plain text.
         Raises: TokenizerError as `apply_chat_template`.
         """
         messages = [prepare_message(message) for message in messages]
         inputs = json.dumps([messages, tools], ensure_ascii=False, default=str)
-        mark = unused_character(inputs + self._chat_template.source)
+        messages, tools = json.loads(inputs)  # what is no JSON is text from here on
+        firsts = sorted({text[0] for text in self.control if text})
+        hidden = unused_characters(inputs + self._chat_template.source, len(firsts))
+        hide = dict(zip(firsts, hidden, strict=True))
+        show = str.maketrans(dict(zip(hidden, firsts, strict=True)))
 
-        def break_control(text: str) -> str:
-            return self._control_start.sub(rf"\g<0>{mark}", text)
+        def without_control(text: str) -> str:
+            return self._control_start.sub(lambda found: hide[found[0]], text)
 
         prompt = self._chat_template.render(
-            map_strings(messages, break_control),
-            map_strings(tools, break_control),
+            map_strings(messages, without_control),
+            map_strings(tools, without_control),
             enable_thinking,
             add_generation_prompt,
         )
@@ -157,7 +169,7 @@ class Tokenizer:
             if piece in self.control:
                 ids.append(self.control[piece])
             else:
-                ids += self.encode_plain(piece.replace(mark, ""))
+                ids += self.encode_plain(piece.translate(show))
         return ids
 
     def _look_up_bytes(self, token_id: int) -> bytes:
@@ -187,14 +199,26 @@ class Tokenizer:
         return re.compile(f"({_any_of(self.control)})")
 
     @cached_property
-    def _control_start(self) -> re.Pattern[str]:
-        """The first character of a control string, also of one cut off at the end.
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self.control.values())
 
-        The cut-off ones matter as templates join strings: "<|im_" and then "end|>".
+    @cached_property
+    def _control_start(self) -> re.Pattern[str]:
+        """A character with which a control string may begin, whatever a template does.
+
+        Templates join strings, cut them and take parts out of them; so every "<" counts
+        where a control string begins with one. Not so letters and spaces, as roles and
+        names must reach the template: of them those that begin a whole control string,
+        or one that is cut off at the end of the text.
         """
-        beginnings = {text[:n] for text in self.control for n in range(1, len(text))}
-        whole, cut_off = _any_of(self.control), _any_of(beginnings)
-        return re.compile(rf"(?=(?:{whole})|(?:{cut_off})\Z).", re.DOTALL)
+        firsts = {text[0] for text in self.control if text}
+        marks = {mark for mark in firsts if not mark.isalnum() and not mark.isspace()}
+        others = [text for text in self.control if text and text[0] not in marks]
+        beginnings = {text[:n] for text in others for n in range(1, len(text))}
+        whole, cut_off = _any_of(others), _any_of(beginnings)
+        return re.compile(
+            rf"{_any_of(marks)}|(?=(?:{whole})|(?:{cut_off})\s*\Z).", re.DOTALL
+        )
 
 
 class StreamDecoder:

@@ -11,6 +11,7 @@ meanwhile; `identify` samples it, it does not read all of it. *Taught in noteboo
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -57,11 +58,13 @@ def writing_to(path: Path) -> Iterator[None]:
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing; it appears under its name when all of it is on disk.
 
+    Of two processes that write it at once, each writes a file of its own; the later
+    one stays.
     Raises: PackError naming the file, if the disk is full or does not take it.
     """
     if not path.name:
         raise PackError(f"{str(path)!r} names no file; give it a name")
-    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     try:
         with writing_to(path):
             with open(partial, "wb") as file:
@@ -275,8 +278,16 @@ def work_folder(folder: Path, busy: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in set(folder.iterdir()) - {folder / LOCK_NAME}:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        # Removed while held, and last: who begins here now finds nothing of ours.
+        (folder / LOCK_NAME).unlink(missing_ok=True)
         lock.release()
+        with suppress(OSError):  # another has begun
+            folder.rmdir()
 
 
 def reserve(path: Path, first: int, n_bytes: int) -> None:
