@@ -295,8 +295,8 @@ class ChatSession:
         )
 
     def _rewind_for(self, prompt: list[int]) -> None:
-        """Keep as much processed text as the new prompt begins with."""
-        if prompt[: self._state.n_tokens] != self._ids:
+        """Keep as much processed text as the new prompt begins with, but not all."""
+        if prompt[: self._state.n_tokens] != self._ids or self._ids == prompt:
             ids, snapshot = self._before_answer
             if prompt[: len(ids)] == ids:
                 self._fed = list(ids)

@@ -1,6 +1,7 @@
 """Runs over prompt sets: with a model that says what it is told to, and a real one."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ class ToldModel:
     """Says a given text: its next token has the logit 2, a second choice 1, else 0."""
 
     tokenizer = TOKENIZER
+    alone = nullcontext
 
     class config:
         max_position_embeddings = 4096
