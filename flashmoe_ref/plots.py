@@ -310,6 +310,7 @@ def _write_beside(
             ha=ha,
             va=va,
             bbox=box,
+            parse_math=False,
         )
         extent, inside = label.get_window_extent(), ax.get_window_extent()
         covered = extent.padded(6).count_contains(drawn)
@@ -340,9 +341,9 @@ def _wrap(text: str, chars: int) -> str:
 
 
 def _texts(ax: Axes, title: str, x: str, y: str) -> Axes:
-    ax.set_title(_wrap(title, int(TITLE_CHARS_PER_INCH * _width_in(ax))))
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
+    title = _wrap(title, int(TITLE_CHARS_PER_INCH * _width_in(ax)))
+    ax.set_title(title, parse_math=False)  # tokens in it are no formulas
+    ax.set(xlabel=x, ylabel=y)
     return ax
 
 
@@ -384,7 +385,7 @@ def _name_cells(
         if names is not None:
             wide = max(map(len, names)) * len(names) > 7 * _width_in(ax)
             turn = 90 if wide and axis is ax.xaxis else 0
-            axis.set_ticks(range(len(names)), names, rotation=turn)
+            axis.set_ticks(range(len(names)), names, rotation=turn, parse_math=False)
 
 
 def _write_cells(

@@ -24,7 +24,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "number": (int, float),
     "boolean": (bool,),
 }
-_KEYWORDS = {"type", "description", "enum", "minimum", "maximum", "maxLength"}
+_RANGE = frozenset({"enum", "minimum", "maximum"})
+# by type: keywords that we hold to, beside type and description
+_KEYWORDS: dict[str, frozenset[str]] = {
+    "string": frozenset({"enum", "maxLength"}),
+    "integer": _RANGE,
+    "number": _RANGE,
+    "boolean": frozenset(),
+}
+_ALWAYS = {"type", "description"}
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,13 @@ class Tool:
         if not re.fullmatch(r"[A-Za-z_]\w{0,63}", self.name, re.ASCII):
             raise ConfigError(f"{self.name!r} is no name of a tool: letters, digits, _")
         for name, schema in self.parameters.items():
-            unknown = set(schema) - _KEYWORDS
-            if unknown or schema.get("type") not in _TYPES or not name.isidentifier():
+            known = _KEYWORDS.get(schema.get("type"))
+            is_plain = name.isidentifier() and name.isascii()
+            if known is None or not is_plain or set(schema) - known - _ALWAYS:
                 raise ConfigError(
-                    f"tool {self.name!r}, parameter {name!r}: give a type out of "
-                    f"{', '.join(_TYPES)}, and of other keywords only "
-                    f"{', '.join(sorted(_KEYWORDS - {'type'}))}"
+                    f"tool {self.name!r}, parameter {name!r}: give a plain name, a "
+                    f"type out of {', '.join(_TYPES)}, and of other keywords only "
+                    f"{', '.join(sorted((known or _RANGE) | {'description'}))}"
                 )
         if not set(self.optional) <= set(self.parameters):
             raise ConfigError(f"tool {self.name!r}: optional names no parameter")
