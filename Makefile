@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 MODEL ?= data/reduced
 JOBS ?= 2
 
-.PHONY: help demo lab test bench notebooks handout lint format clean
+.PHONY: help demo lab test soak bench notebooks handout lint format clean
 
 help:
 	@echo "make demo       stream text from the reduced model in data/reduced"
 	@echo "make lab        open the lessons in JupyterLab"
 	@echo "make test       run all tests and all notebooks"
+	@echo "make soak       run the reduced model for thousands of tokens and turns"
 	@echo "make bench      measure speed, side by side with mlx-lm"
 	@echo "make notebooks  execute the notebooks again and store their outputs"
 	@echo "make handout    write the lessons without answers and outputs, for live coding"
@@ -38,6 +39,9 @@ lab: $(VENV)/.has-lab
 # One file in one process: make test ARGS="-n 0 tests/test_layers.py"
 test: $(VENV)/.has-test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+soak: $(VENV)/.has-test
+	$(BIN)/python -m pytest -q tests/soak $(ARGS)
 
 bench: $(VENV)/.has-test
 	$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import TextIO
 
 from . import cli_caching, cli_routing
 from .cli_options import REDUCED, build_parser
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flashmoe: standard input is not text ({error})", file=sys.stderr)
         return 2
     except (FlashMoeError, OSError) as error:
-        print(f"flashmoe: {one_line(str(error))}", file=sys.stderr)
+        note(f"flashmoe: {one_line(str(error))}")
         return 2
     return 0
 
@@ -74,14 +75,24 @@ def _let_anything_be_printed() -> None:
             stream.reconfigure(errors="replace")
 
 
+# A terminal obeys these: it writes elsewhere, changes its title, fills the clipboard.
+_OBEYED = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+_OBEYED |= dict.fromkeys(range(0x7F, 0xA0), 0x2421)
+
+
+def _harmless(text: str, stream: TextIO) -> str:
+    """Text of a model, a file or a name: on a terminal shown, never obeyed."""
+    return text.translate(_OBEYED) if stream.isatty() else text
+
+
 def say(text: str, end: str = "\n") -> None:
     """Print at once."""
-    print(text, end=end, flush=True)
+    print(_harmless(text, sys.stdout), end=end, flush=True)
 
 
 def note(text: str) -> None:
     """Print beside the text: to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(_harmless(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 # --- commands -------------------------------------------------------------------------

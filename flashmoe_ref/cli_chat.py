@@ -157,7 +157,7 @@ def _result_of(call: ToolCall, note: Callable[[str], None]) -> str | None:
     if call.error:
         note(f"[{call.name or '?'} gets] error: {call.error}")
         return f"error: {call.error}"
-    return _ask(f"result of {call.name}> ")
+    return _ask(f"result of {call.name!r}> ")  # !r: a terminal obeys some characters
 
 
 def _ask(prompt: str) -> str | None:

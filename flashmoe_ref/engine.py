@@ -22,7 +22,7 @@ from .arrivals import Checks, FindBad, read_checksums
 from .caching import Caching, make_caching
 from .checkpoint import Checkpoint
 from .config import ModelConfig
-from .errors import ConfigError, NumericError, RoutingError
+from .errors import ConfigError, NumericError, ReadError, RoutingError
 from .experts import PACKED_FOLDER, ExpertFiles, experts_in_place, packed_experts
 from .numpy_model import check_ids
 from .report import Meter, Report, make_report
@@ -261,8 +261,7 @@ class Model:
     """A loaded model: its configuration, its engine, its experts and its tokenizer.
 
     Any number of threads may use one, each with states of its own: an engine computes
-    from slots that the next request refills, so one call is made at a time and the
-    others wait. In a notebook, what a widget calls may run in such a thread.
+    from slots that the next request refills, so the others wait for each call.
     """
 
     def __init__(
@@ -280,7 +279,6 @@ class Model:
         self.store = store
         self.mode = mode
         self.meter = Meter()
-        self._is_closed = False
 
     @cached_property
     def tokenizer(self):
@@ -291,10 +289,10 @@ class Model:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other threads' calls waiting. Raises: ConfigError if it is closed."""
+        """Keep other threads' calls waiting. Raises: ReadError if it is closed."""
         with _one_at_a_time:
-            if self._is_closed:
-                raise ConfigError(f"{self.path}: this model is closed; load it again")
+            if self.store.is_closed:
+                raise ReadError(f"{self.path}: this model is closed: load it again")
             yield
 
     def new_state(self):
@@ -393,7 +391,6 @@ class Model:
     def close(self) -> None:
         """Stop the reading threads and close the files, once no call needs them."""
         with _one_at_a_time:
-            self._is_closed = True
             self.store.close()
 
     def __enter__(self) -> Self:

@@ -87,7 +87,7 @@ class ExpertStore:
         self._fds: list[int] = []
         self._blocks: list[int] = []  # by file: what its reads must be aligned to
         self._stamps: list[tuple] = []  # by file
-        self._is_closed = False
+        self.is_closed = False
         try:
             self._open_files(bypass_page_cache)
             self._read_pinned(caching.pins(*shape[1:]))
@@ -131,7 +131,7 @@ class ExpertStore:
                 )
 
     def _check_open(self) -> None:
-        if self._is_closed:
+        if self.is_closed:
             raise ReadError("this model is closed: load it again")
 
     def _read_pinned(self, pinned: np.ndarray) -> None:
@@ -373,7 +373,7 @@ class ExpertStore:
 
     def close(self) -> None:
         """Stop the threads and close the files. The store cannot be used afterwards."""
-        self._is_closed = True
+        self.is_closed = True
         self._end_reads()
         while self._fds:
             os.close(self._fds.pop())

@@ -54,8 +54,8 @@ class Tool:
             is_plain = name.isidentifier() and name.isascii()
             if known is None or not is_plain or set(schema) - known - _ALWAYS:
                 raise ConfigError(
-                    f"tool {self.name!r}, parameter {name!r}: give a plain name, a "
-                    f"type out of {', '.join(_TYPES)}, and of other keywords only "
+                    f"tool {self.name!r}, parameter {name!r}: give a type out of "
+                    f"{', '.join(_TYPES)}, a plain name, and of other keywords only "
                     f"{', '.join(sorted((known or _RANGE) | {'description'}))}"
                 )
         if not set(self.optional) <= set(self.parameters):

@@ -99,6 +99,13 @@ def _environment(home: Path, settings: dict) -> dict[str, str]:
     return kept | jupyter | lab | own | {"XDG_CACHE_HOME": cache}
 
 
+def add_notebook(folder: Path, name: str, cells: list[str]) -> None:
+    """Put a notebook of code cells beside the lessons."""
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in cells]
+    nbformat.write(notebook, folder / "notebooks" / name)
+
+
 @contextmanager
 def jupyter_lab(folder: Path, settings: dict | None = None) -> Iterator[str]:
     """Serve folder/notebooks; gives the address, with {} for the path in the page."""
@@ -182,12 +189,14 @@ def open_notebook(page, address: str, name: str) -> None:
     page.wait_for_function(READY, arg=name, timeout=1000 * PAGE_S)
 
 
-def run_all(page) -> list[dict]:
+def run_all(page, meanwhile: Callable[[], None] = lambda: None) -> list[dict]:
     """Run all cells and wait until they have run. Returns the cells with outputs.
 
+    meanwhile: what to do in the page while they run.
     Fails with the error of the first cell that raises one.
     """
     page.evaluate(RUN_ALL)
+    meanwhile()
     state: dict = {}
 
     def has_run() -> bool:

@@ -1,4 +1,7 @@
-"""The first lessons in a real browser: they run, and their sliders work.
+"""Lessons in a real browser: they run, their sliders work, and text stays text.
+
+What a widget calls runs in a thread of its own (a subshell of the kernel), even while a
+cell is at work: so both use a model at once here, on both engines.
 
 Skipped where there is no Chromium or no Playwright. When a test fails, a screenshot and
 the logs of page and server stay in tests/browser_artefacts.
@@ -85,3 +88,159 @@ def _shown(cell) -> tuple[list[str], list[str]]:
     texts = cell.locator(".widget-html-content").all_inner_texts()
     pictures = cell.locator("img.widget-image").all()
     return texts, [picture.get_attribute("src") for picture in pictures]
+
+
+EVIL = '<img src=x onerror="window.hit = 1; alert(1)"><script>window.hit = 2</script>'
+TEXTS = [
+    f"""
+from types import SimpleNamespace
+from ipywidgets import HTML, Button, Dropdown
+from flashmoe_ref.bargain_views import Continuation
+from flashmoe_ref.bargain_widgets import side_by_side
+from flashmoe_ref.chat_widgets import ChatBox
+from flashmoe_ref.plots import figure
+from flashmoe_ref.tool_chat import ToolChat
+from flashmoe_ref.toolcalls import format_tool_call, parse_tool_calls
+from flashmoe_ref.tools import Tool
+from flashmoe_ref.widgets import Explorer
+
+EVIL = {EVIL!r}
+""",
+    """
+def echo(text):
+    return f"result {text}"
+
+
+class Session:  # says what a hostile model might say
+    tools, tool_calls, enable_thinking = [], [], True
+    model = SimpleNamespace(
+        tokenizer=SimpleNamespace(apply_chat_template=lambda *_: "<think>")
+    )
+
+    def say(self, text, max_tokens):
+        call = format_tool_call("echo", {"text": EVIL})
+        self.tool_calls = parse_tool_calls(call, self.tools)[1]
+        yield f"thought {EVIL}</think>text {EVIL}{call}"
+
+    def answer_tools(self, results, max_tokens):
+        self.tool_calls = []
+        yield f"</think>answer {EVIL}"
+
+
+tool = Tool("echo", EVIL, {"text": {"type": "string"}}, echo)
+Session.tools = [tool.schema]
+box = ChatBox({EVIL: ToolChat(Session(), [tool])})
+box
+""",
+    """
+box.field.value = f"prompt {EVIL}"
+box.send()
+""",
+    """
+def run(name, prompt):
+    return Continuation(name, [1, len(name)], [f"piece {EVIL}", prompt], 1e6, 9.0)
+
+
+side_by_side(run, [EVIL, "other"], f"prompt {EVIL}")
+""",
+    """
+Explorer({"x": Dropdown(options=[EVIL])}, lambda x: figure()[1], lambda x: f"says {x}")
+""",
+    """
+print(f"printed {EVIL}")
+EVIL
+""",
+]
+
+
+def test_hostile_text_is_shown_as_text(page, lab: tuple) -> None:
+    dialogs: list[str] = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    browser.add_notebook(lab[1], "hostile.ipynb", TEXTS)
+    browser.open_notebook(page, lab[0], "hostile.ipynb")
+    cells = browser.run_all(page)
+    words = (
+        "prompt",
+        "thought",
+        "text",
+        "result",
+        "answer",
+        "piece",
+        "says",
+        "printed",
+    )
+    seen = ""
+    for index in range(1, len(cells)):
+        output = browser.show_cell(page, index).locator(".jp-Cell-outputWrapper")
+        seen += output.evaluate("output => output.textContent")
+        assert output.locator("img[src=x], script").count() == 0
+    for word in words:
+        assert f"{word} {EVIL}" in seen, word
+    assert page.evaluate("window.hit") is None and dialogs == []
+
+
+THREADS = [
+    """
+import threading
+import time
+from ipywidgets import HTML, Button
+from flashmoe_ref import generate, load
+
+models = {
+    name: load("../data/reduced", engine=name, slots=16) for name in ("numpy", "mlx")
+}
+
+
+def told(model):
+    return "".join(generate(model, "Once upon a time", 16))
+
+
+want = {name: told(model) for name, model in models.items()}
+button, out, clicked = Button(description="tell"), HTML("not yet"), []
+
+
+def tell(_):
+    own = threading.current_thread() is not threading.main_thread()
+    clicked.append(own)
+    equal = [told(model) == want[name] for name, model in models.items()]
+    out.value = f"own thread {own}, equal {all(equal)}"
+
+
+button.on_click(tell)
+button
+""",
+    "out",
+    """
+rounds, end = 0, time.monotonic() + 20
+while rounds < 3 or (not clicked and time.monotonic() < end):
+    assert {name: told(model) for name, model in models.items()} == want
+    rounds += 1
+print("both at once" if clicked else "one after the other")
+""",
+    """
+while out.value == "not yet" and time.monotonic() < end:
+    time.sleep(0.1)
+for name in models:  # others take their place: nothing of the old may be left
+    models[name] = load("../data/reduced", engine=name, k=4, slots=16)
+    fresh = load("../data/reduced", engine="numpy", compiled=False, k=4)
+    assert told(models[name])[:20] == told(fresh)[:20], name
+print("right after reloading")
+""",
+]
+
+
+def test_a_widget_uses_a_model_while_a_cell_does(page, lab: tuple) -> None:
+    pytest.importorskip("mlx.core")
+    browser.add_notebook(lab[1], "threads.ipynb", THREADS)
+    browser.open_notebook(page, lab[0], "threads.ipynb")
+
+    def click() -> None:
+        button = page.locator("button.jupyter-button", has_text="tell")
+        button.wait_for(state="visible", timeout=1000 * browser.RUN_S)
+        button.click()
+
+    cells = browser.run_all(page, click)
+    output = browser.show_cell(page, 1).locator(".widget-html-content")
+    assert output.inner_text() == "own thread True, equal True"
+    printed = ["".join(output.get("text", "")) for output in cells[2]["outputs"]]
+    assert printed == ["both at once\n"]

@@ -3,8 +3,10 @@
 Templates, messages, tool results and what a model writes are all taken for hostile.
 """
 
+import io
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +21,7 @@ from test_tool_chat import Scripted
 from tiny import TEMPLATE
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from flashmoe_ref import chat_template
+from flashmoe_ref import chat_template, cli
 from flashmoe_ref.calculator import CONSTANTS, FUNCTIONS, calculate
 from flashmoe_ref.chat_template import ChatTemplate, map_strings
 from flashmoe_ref.errors import ConfigError, TokenizerError, ToolError
@@ -294,6 +296,39 @@ def test_a_process_that_is_gone_is_replaced() -> None:
     with pytest.raises(TokenizerError, match="process was ended"):
         render("x")
     assert render("x") == "x"
+
+
+# --- a terminal -----------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """What would be shown on a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+ORDERS = "a\x1b]52;c;aGk=\x07\x1b[2Jb\rc\x08\x9b31m\x7f\x00 é\t\n"
+
+
+def test_a_terminal_is_given_no_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, write in (("stdout", cli.say), ("stderr", cli.note)):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, name, terminal)
+        write(ORDERS)
+        shown = terminal.getvalue()
+        assert not any(c < " " and c not in "\t\n" for c in shown)
+        assert not any("\x7f" <= c < "\xa0" for c in shown)
+        assert "a␛]52;c;aGk=␇␛[2Jb␍c␈" in shown and " é\t\n" in shown
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert cli.main(["info", "none\x1b[2J"]) == 2
+    assert "none␛[2J" in terminal.getvalue()
+
+
+def test_a_file_gets_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", plain := io.StringIO())
+    cli.say(ORDERS, end="")
+    assert plain.getvalue() == ORDERS
 
 
 # --- tools ----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from tiny import write_tiny, write_tokenizer
 
 from flashmoe_ref import chat, load
-from flashmoe_ref.errors import ConfigError, FlashMoeError
+from flashmoe_ref.errors import ConfigError, FlashMoeError, ReadError
 from flashmoe_ref.generation import generate_ids
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,7 @@ def test_a_closed_model_says_so(folder: Path) -> None:
         lambda: model.decode(1, state),
         model.new_state,
     ):
-        with pytest.raises(ConfigError, match="is closed; load it again"):
+        with pytest.raises(ReadError, match="is closed: load it again"):
             call()
 
 
