@@ -41,7 +41,7 @@ test: $(VENV)/.has-test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(VENV)/.has-test
-	$(BIN)/python -m pytest -q tests/soak $(ARGS)
+	$(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/soak $(ARGS)
 
 bench: $(VENV)/.has-test
 	$(BIN)/python -m tests.benchmarks $(ARGS)
