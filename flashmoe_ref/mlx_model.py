@@ -34,10 +34,14 @@ waves change: equality to the bit is tested on the CPU.
 *Threads.* An MLX stream belongs to the thread that made it, and so does an array that
 is not evaluated. Every array of a state is evaluated when forward() returns: any thread
 may make the next call, but only one at a time. The store's threads only read bytes.
+Each thread traces for itself: MLX keeps what it traced in a table of the thread, by the
+function's address, and forgets in one table only when the function goes. In another's
+it would answer for whatever function comes to lie there (mlx issue 3940).
 """
 
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -133,7 +137,7 @@ class MlxModel:
         self.layers = [load_layer(checkpoint, layer) for layer in n_layers]
         self.experts = [bank_matrices(store.bank(layer)) for layer in n_layers]
         self.widened_bytes = [widened_bytes(e, self.dtype) for e in self.experts]
-        self.traced: dict[tuple[str, int], Callable] = {}  # by part and layer
+        self.traced = threading.local()  # by part and layer, for each thread
 
     def new_state(self) -> State:
         """The state before the first token."""
@@ -363,11 +367,12 @@ class MlxModel:
         """Run a function of a layer's arrays: for one token as MLX traced it."""
         if len(arrays[0]) > 1:
             return getattr(self, name)(layer, *arrays)
-        if (name, layer) not in self.traced:
+        key, traced = f"{name} {layer}", vars(self.traced)  # this thread's
+        if key not in traced:
             # by a proxy: in a circle of references, memory would outlive the model
             function = partial(getattr(MlxModel, name), weakref.proxy(self), layer)
-            self.traced[name, layer] = mx.compile(function)
-        return self.traced[name, layer](*arrays)
+            traced[key] = mx.compile(function)
+        return traced[key](*arrays)
 
     def wait(self, *arrays: mx.array | list) -> None:
         """Let Python stand still until MLX has computed arrays."""

@@ -65,7 +65,7 @@ def let_others_in(model) -> None:
 # --- a model --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["numpy"])
+@pytest.mark.parametrize("engine", ["numpy", "mlx"])
 @pytest.mark.parametrize("options", [{}, {"slots": 4}, {"budget": 12}], ids=str)
 def test_threads_with_states_of_their_own_do_not_disturb_each_other(
     folder: Path, engine: str, options: dict
@@ -111,6 +111,25 @@ def test_two_models_in_two_threads_with_numba_s_plainest_pool() -> None:
         text=True,
     )
     assert done.stdout.split() == ["workqueue", "4", "True"], done.stderr[-600:]
+
+
+def test_a_model_in_the_place_of_another_is_itself(tmp_path: Path) -> None:
+    """MLX finds traced functions by their address, in a table of each thread.
+
+    What two threads had traced stayed in the table of one of them when it was gone, and
+    answered for the next function that came to lie there.
+    """
+    pytest.importorskip("mlx.core")
+    for seed in range(3):
+        folder = write_tiny(tmp_path / str(seed), vocab_size=272, seed=seed)
+        write_tokenizer(folder)
+        with load(folder, engine="numpy") as model:
+            want = list(generate_ids(model, PROMPT, 6))
+        with load(folder, engine="mlx") as model:
+            here = list(generate_ids(model, PROMPT, 6))
+            there = in_threads(lambda m=model: list(generate_ids(m, PROMPT, 6)))
+        assert [here, *there] == [want, want], seed
+        del model
 
 
 def test_a_closed_model_says_so(folder: Path) -> None:
