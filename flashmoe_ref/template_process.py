@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from contextlib import suppress
-from functools import cache
+from functools import lru_cache
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -63,7 +63,7 @@ def _render(template: jinja2.Template, values: dict) -> str:
     return "".join(pieces)
 
 
-@cache
+@lru_cache(16)
 def _compiled(source: str) -> jinja2.Template:
     """Set up as Hugging Face's `apply_chat_template` does, so model files just work."""
     environment = ImmutableSandboxedEnvironment(

@@ -101,7 +101,8 @@ def _environment(home: Path, settings: dict) -> dict[str, str]:
 
 def add_notebook(folder: Path, name: str, cells: list[str]) -> None:
     """Put a notebook of code cells beside the lessons."""
-    notebook = nbformat.v4.new_notebook()
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
     notebook.cells = [nbformat.v4.new_code_cell(source) for source in cells]
     nbformat.write(notebook, folder / "notebooks" / name)
 

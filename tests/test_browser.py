@@ -211,7 +211,7 @@ button
 """,
     "out",
     """
-rounds, end = 0, time.monotonic() + 20
+rounds, end = 0, time.monotonic() + 120
 while rounds < 3 or (not clicked and time.monotonic() < end):
     assert {name: told(model) for name, model in models.items()} == want
     rounds += 1
@@ -241,6 +241,9 @@ def test_a_widget_uses_a_model_while_a_cell_does(page, lab: tuple) -> None:
 
     cells = browser.run_all(page, click)
     output = browser.show_cell(page, 1).locator(".widget-html-content")
+    browser.wait_until(
+        lambda: output.inner_text() != "not yet", browser.PAGE_S, "no click arrived"
+    )
     assert output.inner_text() == "own thread True, equal True"
     printed = ["".join(output.get("text", "")) for output in cells[2]["outputs"]]
     assert printed == ["both at once\n"]

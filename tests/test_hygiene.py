@@ -15,7 +15,11 @@ from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MARKDOWN = [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.md"))]
+MARKDOWN = [
+    ROOT / "README.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "notebooks").glob("*.md")),
+]
 SOURCES = sorted((ROOT / "flashmoe_ref").glob("*.py"))
 TAGS = {"exercise", "raises-exception"}
 HEAVY = ("mlx", "numba", "matplotlib", "jinja2", "tokenizers", "ipywidgets", "torch")
@@ -85,6 +89,17 @@ def test_sources_are_short_and_say_what_they_are(path: Path) -> None:
     if not path.name.startswith("cli") and path.name != "exercises.py":
         names = [n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)]
         assert "print" not in names, "printing is for cli.py"
+
+
+def test_each_promise_about_security_names_a_test_that_exists() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    promises = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(promises) > 8
+    for promise in promises:
+        names = re.findall(r"`(test_\w+\.py)`", promise)
+        assert names, promise
+        for name in names:
+            assert (ROOT / "tests" / name).exists(), name
 
 
 # --- notebooks ------------------------------------------------------------------------
