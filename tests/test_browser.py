@@ -1,8 +1,5 @@
 """Lessons in a real browser: they run, their sliders work, and text stays text.
 
-What a widget calls runs in a thread of its own (a subshell of the kernel), even while a
-cell is at work: so both use a model at once here, on both engines.
-
 Skipped where there is no Chromium or no Playwright. When a test fails, a screenshot and
 the logs of page and server stay in tests/browser_artefacts.
 """
@@ -177,73 +174,3 @@ def test_hostile_text_is_shown_as_text(page, lab: tuple) -> None:
     for word in words:
         assert f"{word} {EVIL}" in seen, word
     assert page.evaluate("window.hit") is None and dialogs == []
-
-
-THREADS = [
-    """
-import threading
-import time
-from ipywidgets import HTML, Button
-from flashmoe_ref import generate, load
-
-models = {
-    name: load("../data/reduced", engine=name, slots=16) for name in ("numpy", "mlx")
-}
-
-
-def told(model):
-    return "".join(generate(model, "Once upon a time", 16))
-
-
-want = {name: told(model) for name, model in models.items()}
-button, out, clicked = Button(description="tell"), HTML("not yet"), []
-
-
-def tell(_):
-    own = threading.current_thread() is not threading.main_thread()
-    clicked.append(own)
-    equal = [told(model) == want[name] for name, model in models.items()]
-    out.value = f"own thread {own}, equal {all(equal)}"
-
-
-button.on_click(tell)
-button
-""",
-    "out",
-    """
-rounds, end = 0, time.monotonic() + 120
-while rounds < 3 or (not clicked and time.monotonic() < end):
-    assert {name: told(model) for name, model in models.items()} == want
-    rounds += 1
-print("both at once" if clicked else "one after the other")
-""",
-    """
-while out.value == "not yet" and time.monotonic() < end:
-    time.sleep(0.1)
-for name in models:  # others take their place: nothing of the old may be left
-    models[name] = load("../data/reduced", engine=name, k=4, slots=16)
-    fresh = load("../data/reduced", engine="numpy", compiled=False, k=4)
-    assert told(models[name])[:20] == told(fresh)[:20], name
-print("right after reloading")
-""",
-]
-
-
-def test_a_widget_uses_a_model_while_a_cell_does(page, lab: tuple) -> None:
-    pytest.importorskip("mlx.core")
-    browser.add_notebook(lab[1], "threads.ipynb", THREADS)
-    browser.open_notebook(page, lab[0], "threads.ipynb")
-
-    def click() -> None:
-        button = page.locator("button.jupyter-button", has_text="tell")
-        button.wait_for(state="visible", timeout=1000 * browser.RUN_S)
-        button.click()
-
-    cells = browser.run_all(page, click)
-    output = browser.show_cell(page, 1).locator(".widget-html-content")
-    browser.wait_until(
-        lambda: output.inner_text() != "not yet", browser.PAGE_S, "no click arrived"
-    )
-    assert output.inner_text() == "own thread True, equal True"
-    printed = ["".join(output.get("text", "")) for output in cells[2]["outputs"]]
-    assert printed == ["both at once\n"]
