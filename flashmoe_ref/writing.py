@@ -278,13 +278,14 @@ def work_folder(folder: Path, busy: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        for path in set(folder.iterdir()) - {folder / LOCK_NAME}:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        # Removed while held, and last: who begins here now finds nothing of ours.
-        (folder / LOCK_NAME).unlink(missing_ok=True)
+        with suppress(OSError):  # what cannot be removed stays
+            for path in set(folder.iterdir()) - {folder / LOCK_NAME}:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            # Removed while held, and last: who begins now finds nothing of ours.
+            (folder / LOCK_NAME).unlink(missing_ok=True)
         lock.release()
         with suppress(OSError):  # another has begun
             folder.rmdir()

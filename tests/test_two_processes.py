@@ -174,39 +174,41 @@ def test_a_crowd_that_starts_at_once(case, tmp_path: Path) -> None:
 # --- in the moment when one ends ------------------------------------------------------
 
 
-def test_a_sweep_that_begins_as_another_ends_keeps_its_files(
+def test_who_begins_as_another_ends_keeps_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = tmp_path / "t.csv"
-    second, release = sweep._own_folder(table), FileLock.release
+    folder = tmp_path / "t.csv.work"
+    second, release = writing.work_folder(folder, "busy"), FileLock.release
 
     def release_and_begin(lock, *args) -> None:
         release(lock, *args)
         monkeypatch.undo()
-        work = second.__enter__()
-        (work / "baseline").write_text("of the second")
+        second.__enter__()
+        (folder / "baseline").write_text("of the second")
 
-    with sweep._own_folder(table) as work:
-        (work / "baseline").write_text("of the first")
-        (work / "weights").mkdir()
+    with writing.work_folder(folder, "busy"):
+        (folder / "baseline").write_text("of the first")
+        (folder / "weights").mkdir()
         monkeypatch.setattr(FileLock, "release", release_and_begin)
-    assert (work / "baseline").read_text() == "of the second"
-    with pytest.raises(FlashMoeError, match="another sweep"):
-        sweep._own_folder(table).__enter__()
+    assert (folder / "baseline").read_text() == "of the second"
+    with pytest.raises(FlashMoeError, match="busy"):
+        writing.work_folder(folder, "busy").__enter__()
     second.__exit__(None, None, None)
-    assert not work.exists()
+    assert not folder.exists()
 
 
 def test_a_table_by_another_name_is_the_same_table(tmp_path: Path) -> None:
-    table, other = tmp_path / "t.csv", tmp_path / "link.csv"
-    table.touch()
-    other.symlink_to(table)
+    target, other = tmp_path / "one", tmp_path / "other"
+    target.mkdir()
+    other.mkdir()
+    (target / "t.csv").touch()
+    (other / "t.csv").symlink_to(target / "t.csv")
+    source = write_tokenizer(write_tiny(tmp_path / "m", vocab_size=280, **SMALL))
     with (
-        sweep._own_folder(table),
+        writing.work_folder(target / "t.csv.work", "another sweep"),
         pytest.raises(FlashMoeError, match="another sweep"),
-        sweep._own_folder(other),
     ):
-        pass
+        run("sweep", source, other)
 
 
 def test_two_that_save_one_file_do_not_mix(tmp_path: Path) -> None:
