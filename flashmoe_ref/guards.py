@@ -67,10 +67,9 @@ def check_routing(layer: int, weights: np.ndarray) -> None:
     all of a token's weights NaN.
     Raises: RoutingError.
     """
-    one_token = (
-        weights.ndim == 1
-    )  # a call of NumPy would cost as much as a layer's norm
-    if isnan(weights[0]) if one_token else np.isnan(weights[:, 0]).any():
+    # one token's without NumPy, a call of which costs as much as a layer's norm
+    is_bad = isnan(weights[0]) if weights.ndim == 1 else np.isnan(weights[:, 0]).any()
+    if is_bad:
         raise RoutingError(f"the router of layer {layer} has scores of NaN or infinity")
 
 
