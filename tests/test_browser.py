@@ -174,3 +174,56 @@ def test_hostile_text_is_shown_as_text(page, lab: tuple) -> None:
     for word in words:
         assert f"{word} {EVIL}" in seen, word
     assert page.evaluate("window.hit") is None and dialogs == []
+
+
+THREADS = [
+    """
+import threading
+from ipywidgets import HTML, Button
+from flashmoe_ref import generate, load
+
+models = {
+    name: load("../data/reduced", engine=name, slots=16) for name in ("numpy", "mlx")
+}
+
+
+def told():
+    return ["".join(generate(m, "Once upon a time", 16)) for m in models.values()]
+
+
+want, button, out, equal = told(), Button(description="tell"), HTML("not yet"), []
+
+
+def tell(_):
+    thread = threading.Thread(target=lambda: equal.append(told() == want))
+    thread.start()
+    equal.append(told() == want)  # at the same time as its thread
+    thread.join()
+    out.value = f"equal {equal}"
+
+
+button.on_click(tell)
+button
+""",
+    "out",
+    "assert all(told() == want for _ in range(3))",
+]
+
+
+def test_a_click_uses_a_model_that_a_cell_has_made(page, lab: tuple) -> None:
+    """In the thread that widgets have, and in one more; on both engines."""
+    pytest.importorskip("mlx.core")
+    browser.add_notebook(lab[1], "threads.ipynb", THREADS)
+    browser.open_notebook(page, lab[0], "threads.ipynb")
+
+    def click() -> None:
+        button = page.locator("button.jupyter-button", has_text="tell")
+        button.wait_for(state="visible", timeout=1000 * browser.RUN_S)
+        button.click()
+
+    browser.run_all(page, click)
+    output = browser.show_cell(page, 1).locator(".widget-html-content")
+    browser.wait_until(
+        lambda: output.inner_text() != "not yet", browser.PAGE_S, "no click arrived"
+    )
+    assert output.inner_text() == "equal [True, True]"
