@@ -121,7 +121,7 @@ def prompts(model: Model, n_tokens: int, n: int) -> Iterator[list[int]]:
     """Prompts of n_tokens each, out of the lessons' own words."""
     texts = sorted((ROOT / "notebooks").glob("*.ipynb"))[:n]
     for path in texts:
-        ids = model.tokenizer.encode_plain(path.read_text("utf-8"))
+        ids = model.tokenizer.encode_plain(path.read_text("utf-8")[: 8 * n_tokens])
         yield (ids * (1 + n_tokens // len(ids)))[:n_tokens]
 
 
