@@ -65,6 +65,7 @@ class MappedStore:
         self.counters = Counters()
         self.recorder = SILENT
         self.predictor = None  # nothing is read ahead
+        self.is_closed = False
         self._stamps = {path: stamp(path, path) for path in files.files}
         n_layers = range(config.num_hidden_layers)
         self._banks = [MappedBank(files, layer) for layer in n_layers]
@@ -91,6 +92,7 @@ class MappedStore:
 
     def close(self) -> None:
         """Forget the mapping; memory is unmapped when the last array is gone."""
+        self.is_closed = True
         self._banks = []
 
 

@@ -184,29 +184,30 @@ class MlxModel:
 
     def layer(self, layer: int, x: mx.array, state: State) -> mx.array:
         """One block: mix over time, then over experts. Shapes: x (T, D) -> (T, D)."""
-        x = self.moe(layer, self.mix(layer, x, state))
+        h = layers.rms_norm(
+            x, self.layers[layer]["input_layernorm"], self.config.rms_norm_eps
+        )
+        x = self.moe(layer, x + self.mix(layer, h, state))
         if layer % LAYERS_AHEAD == 0:
             mx.async_eval(x)  # MLX computes while Python builds the next layers' graph
         return x
 
-    def mix(self, layer: int, x: mx.array, state: State) -> mx.array:
-        """Add Gated DeltaNet or gated attention. Shapes: x (T, D) -> (T, D)."""
+    def mix(self, layer: int, h: mx.array, state: State) -> mx.array:
+        """Gated DeltaNet or gated attention. Shapes: h (T, D) -> (T, D)."""
         w, own, eps = self.layers[layer], state.layers[layer], self.config.rms_norm_eps
         if self.config.is_linear(layer):
-            x, own.conv, own.s = self.part("mix_step", layer, x, own.conv, own.s)
-            return x
-        h = layers.rms_norm(x, w["input_layernorm"], eps)
-        return x + layers.gated_attention(h, w, own, self.periods, eps)
+            y, own.conv, own.s = self.part("mix_step", layer, h, own.conv, own.s)
+            return y
+        return layers.gated_attention(h, w, own, self.periods, eps)
 
     def mix_step(
-        self, layer: int, x: mx.array, conv: mx.array, s: mx.array
+        self, layer: int, h: mx.array, conv: mx.array, s: mx.array
     ) -> tuple[mx.array, ...]:
-        """Gated DeltaNet as arrays to arrays: x (T, D), conv, s -> the same, new."""
+        """Gated DeltaNet as arrays to arrays: h (T, D), conv, s -> y (T, D), new."""
         c, w, own = self.config, self.layers[layer], DeltaState(conv, s)
-        h = layers.rms_norm(x, w["input_layernorm"], c.rms_norm_eps)
         heads = c.linear_num_key_heads
         y = layers.gated_delta_net(h, w, own, heads, c.rms_norm_eps)
-        return x + y, own.conv, own.s
+        return y, own.conv, own.s
 
     def moe(self, layer: int, x: mx.array) -> mx.array:
         """Add routed experts and the shared one. Shapes: x (T, D) -> (T, D).

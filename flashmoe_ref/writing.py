@@ -15,6 +15,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +35,7 @@ DIGEST_SUFFIX = ".sha256"
 LOCK_NAME = ".flashmoe.lock"
 SMALL_FILES_BYTES = 100_000_000  # tokenizer, digests and headers, generously
 ZEROS_BYTES = 1 << 20  # written at a time
+_being_written: set[str] = set()  # names of this process's partial files
 SAMPLE_BYTES = 64  # read at the start and in the middle of every tensor
 
 
@@ -64,7 +66,10 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """
     if not path.name:
         raise PackError(f"{str(path)!r} names no file; give it a name")
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    _remove_left_behind(path)
+    mine = f"{os.getpid()}-{secrets.token_hex(4)}"
+    partial = path.with_name(f".{path.name}.{mine}{PARTIAL_SUFFIX}")
+    _being_written.add(partial.name)
     try:
         with writing_to(path):
             with open(partial, "wb") as file:
@@ -73,9 +78,33 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             os.replace(partial, path)
     finally:
+        _being_written.discard(partial.name)
         with suppress(OSError):  # the first error is the one to tell
             partial.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove what processes that were killed left of this file, half written."""
+    stem = f".{path.name}."
+    for left in path.parent.glob(f"{escape(stem)}*{PARTIAL_SUFFIX}"):
+        process = left.name[len(stem) :].partition("-")[0]
+        if left.name not in _being_written and not _is_another(process):
+            with suppress(OSError):
+                left.unlink()
+
+
+def _is_another(process: str) -> bool:
+    """Whether this number is that of another process that runs."""
+    if not process.isdecimal() or os.name == "nt":  # where asking would end it
+        return True
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return int(process) != os.getpid()
 
 
 def _sync_folder(folder: Path) -> None:

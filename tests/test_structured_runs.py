@@ -60,6 +60,7 @@ class ToldModel:
 
     class config:
         max_position_embeddings = 4096
+        vocab_size = 1 << 20
 
     def __init__(self, text: str | list[int], second: str = "z") -> None:
         ids = TOKENIZER.encode(text) if isinstance(text, str) else text
