@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+from tiny import write_tiny
+
+from flashmoe_ref.pack import pack
 
 # An example has no time limit: other processes take the core for longer than that.
 settings.register_profile("no deadline", deadline=None)
@@ -102,3 +105,17 @@ def mlx4(tokenized_golden: Path) -> Path:
     folder = tokenized_golden.parent / "mlx4"
     convert(str(tokenized_golden), str(folder), quantize=True, q_bits=4)
     return folder
+
+
+@pytest.fixture(scope="module")
+def packed_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny quantized model, with packed experts beside its own."""
+    folder = write_tiny(tmp_path_factory.mktemp("m"))
+    pack(folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def spoiled(packed_tiny: Path, tmp_path: Path) -> Path:
+    """A copy of that model, which a test may spoil."""
+    return shutil.copytree(packed_tiny, tmp_path / "m")

@@ -21,26 +21,11 @@ from flashmoe_ref.experts import KINDS, PROJECTIONS, Part, experts_in_place
 from flashmoe_ref.guards import EXPONENTS, check_routing, first_bad
 from flashmoe_ref.mapped import load_mapped
 from flashmoe_ref.numpy_model import NumpyModel
-from flashmoe_ref.pack import pack
 
 N_LAYERS, N_EXPERTS, K = 4, 8, 3
 DTYPES = [np.dtype(name) for name in ("float16", "float32", ml_dtypes.bfloat16)]
 BAD = [np.nan, -np.nan, np.inf, -np.inf]
 IDS = np.random.default_rng(2).integers(0, 96, 20).tolist()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Quantized, with packed experts beside its own."""
-    folder = write_tiny(tmp_path_factory.mktemp("m"))
-    pack(folder, progress=False)
-    return folder
-
-
-@pytest.fixture
-def spoiled(tiny, tmp_path):
-    """A copy of the model that a test may spoil."""
-    return shutil.copytree(tiny, tmp_path / "m")
 
 
 def write_value(path, offset, value, dtype):
@@ -364,9 +349,11 @@ def test_too_large_weights_are_found_where_they_overflow(engine, spoiled):
 @pytest.mark.parametrize("row", [0, 5])
 @pytest.mark.parametrize("cut", [{}, {"k": 2, "kept": "as-routed"}, {"mass": 0.6}])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_scores_that_are_no_numbers_pick_no_experts(tiny, compiled, value, row, cut):
+def test_scores_that_are_no_numbers_pick_no_experts(
+    packed_tiny, compiled, value, row, cut
+):
     """One score of one expert, by a router in memory."""
-    with load(tiny, engine="numpy", compiled=compiled, **cut) as model:
+    with load(packed_tiny, engine="numpy", compiled=compiled, **cut) as model:
         runner, asked = model.engine, []
         gate, at = runner.layers[2]["gate"], (slice(row, row + 1), slice(None))
         gate.scales[at] = gate.biases[at] = 0

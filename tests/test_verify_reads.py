@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -17,20 +16,6 @@ from flashmoe_ref.verify import verify
 
 N_LAYERS, N_EXPERTS, K = 4, 8, 3
 FLASH_MOE_KEYS = {"expert_size", "components", "num_layers", "num_experts"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """With packed experts beside its own."""
-    folder = write_tiny(tmp_path_factory.mktemp("m"))
-    pack(folder, progress=False)
-    return folder
-
-
-@pytest.fixture
-def spoiled(tiny, tmp_path):
-    """A copy of the model that a test may spoil."""
-    return shutil.copytree(tiny, tmp_path / "m")
 
 
 def layer_file(folder, layer):
@@ -56,21 +41,21 @@ def test_crc_32_of_pieces_is_the_known_one():
     assert checksum([b"123456789"]) == checksum([b"1234", b"", b"56789"]) == 0xCBF43926
 
 
-def test_each_record_has_its_checksum(tiny):
+def test_each_record_has_its_checksum(packed_tiny):
     for layer in range(N_LAYERS):
-        data = layer_file(tiny, layer).read_bytes()
+        data = layer_file(packed_tiny, layer).read_bytes()
         size = len(data) // N_EXPERTS
         records = [data[e * size : (e + 1) * size] for e in range(N_EXPERTS)]
-        found = read_checksums(layer_file(tiny, layer), N_EXPERTS)
+        found = read_checksums(layer_file(packed_tiny, layer), N_EXPERTS)
         assert found == [checksum([record]) for record in records]
 
 
 @pytest.mark.parametrize("slots", [None, 4])
-def test_verified_reads_change_nothing(engine, tiny, slots):
+def test_verified_reads_change_nothing(engine, packed_tiny, slots):
     ids = list(range(20))
     with (
-        load(tiny, experts="packed", **engine) as plain,
-        load_verified(tiny, slots=slots, **engine) as model,
+        load(packed_tiny, experts="packed", **engine) as plain,
+        load_verified(packed_tiny, slots=slots, **engine) as model,
     ):
         np.testing.assert_array_equal(model.logits(ids), plain.logits(ids))
         assert model.report().mode["reads"] == "verified"
@@ -151,16 +136,16 @@ def test_flash_moes_own_files_need_none(spoiled):
         load_verified(spoiled, engine="numpy")
 
 
-def test_layout_json_is_as_before(tiny):
-    layout = json.loads((tiny / "packed_experts" / "layout.json").read_text())
+def test_layout_json_is_as_before(packed_tiny):
+    layout = json.loads((packed_tiny / "packed_experts" / "layout.json").read_text())
     ours = {"format", "source", "bits", "group_size"}
     assert set(layout) == FLASH_MOE_KEYS | ours and layout["format"] == 1
 
 
 @pytest.mark.parametrize("experts", ["stream", "resident"])
-def test_in_place_there_is_nothing_to_compare_with(tiny, experts):
+def test_in_place_there_is_nothing_to_compare_with(packed_tiny, experts):
     with pytest.raises(ConfigError, match=r"only packed .*'flashmoe pack'"):
-        load(tiny, experts=experts, verify_reads=True)
+        load(packed_tiny, experts=experts, verify_reads=True)
 
 
 @pytest.mark.parametrize(
